@@ -1,0 +1,3944 @@
+#!/usr/bin/env python3
+"""flowserver: the server half of chunked, resumable browser uploads, in one file.
+
+Run it, open the address that it prints, drop files on the page:
+
+    python flowserver.py
+
+Point flow.js or resumable.js at it (``target: "http://127.0.0.1:8000/upload"``), or
+call it from your own program, with or without a web framework:
+
+    from flowserver import Settings, UploadApp
+    uploads = UploadApp(Settings(upload_dir="uploads"), on_complete=print)
+    uploads.handle(request)     # Request -> Response, no socket needed
+    application = uploads       # the same thing as a WSGI application
+
+What was answered 200 is on disk, whole, once.  Chunks are written in place while they
+arrive, in any order and any number at a time; a file appears under its name at once
+and whole, or not at all.  Nothing but the standard library is imported.
+
+It does not list or hand out uploaded files, unpack archives, or speak tus.
+
+Glossary.  A *chunk* is a range of bytes of an upload; a *part* is a piece of a multipart
+body; a *block* is bytes as they came off the wire; a *range* is [start, end) in bytes;
+an *index* counts from 0, a *number* from 1; an *owner* is whose upload it is, a *sender*
+who sent a range of it.
+"""
+
+# Copyright (c) 2026 the flowserver founders
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this
+# software and associated documentation files (the "Software"), to deal in the Software
+# without restriction, including without limitation the rights to use, copy, modify,
+# merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+# permit persons to whom the Software is furnished to do so, subject to the following
+# conditions: The above copyright notice and this permission notice shall be included in
+# all copies or substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+# INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR
+# PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE
+# FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+# OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
+# DEALINGS IN THE SOFTWARE.
+
+from __future__ import annotations
+
+__version__ = "1.0.0"
+__all__ = [
+    "Disk",
+    "Done",
+    "FlowError",
+    "FlowHandler",
+    "FlowServer",
+    "MultipartParser",
+    "Part",
+    "Request",
+    "Response",
+    "Settings",
+    "Store",
+    "Upload",
+    "UploadApp",
+    "create_app",
+    "main",
+]
+
+import argparse
+import base64
+import bisect
+import binascii
+import collections
+import configparser
+import contextlib
+import errno
+import hashlib
+import hmac
+import html
+import http
+import http.server
+import ipaddress
+import json
+import logging
+import logging.handlers
+import os
+import re
+import secrets
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+import unicodedata
+import urllib.parse
+import zlib
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generic,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+)
+
+T = TypeVar("T")
+
+# ---- errors --------------------------------------------------------------------------
+# Law: the class says what kind of trouble it is, the message is one sentence that may be
+# shown to anybody, the cause is for the log.  Which status a kind becomes is decided by
+# the dialect, because each client library gives up on other numbers.
+
+
+class FlowError(Exception):
+    """The base of every error that flowserver raises on purpose."""
+
+    kind = "trouble"
+
+
+class Malformed(FlowError):
+    """The request contradicts itself or its protocol; sending it again won't help."""
+
+    kind = "malformed"
+
+
+class Truncated(Malformed):
+    """The body ended before it was whole."""
+
+
+class TooLarge(FlowError):
+    """A limit of ours is exceeded for good."""
+
+    kind = "too_large"
+
+
+class Conflict(FlowError):
+    """Two versions under one identifier, or a name that is taken: refused for good."""
+
+    kind = "conflict"
+
+
+class Forbidden(FlowError):
+    """This client may not do this here."""
+
+    kind = "forbidden"
+
+
+class Unauthorized(FlowError):
+    """Nobody, or a wrong name or password, where a login is required."""
+
+    kind = "unauthorized"
+
+
+class Missing(FlowError):
+    """There is nothing at this address."""
+
+    kind = "missing"
+
+
+class BadMethod(FlowError):
+    """The address is right, the method is not."""
+
+    kind = "bad_method"
+
+
+class Trouble(FlowError):
+    """A passing trouble of this machine, such as a full disk: trying later may help."""
+
+
+class SettingsError(FlowError):
+    """A setting that can't be understood; the sentence names where it stands."""
+
+
+# ---- settings ------------------------------------------------------------------------
+# Law: each setting stands once, in the class below, with its section, reader, default and
+# sentence.  conf.ini, the flags, --help and the README's table are made from it.
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_TIMES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_FLAGS = {"on": True, "yes": True, "true": True, "1": True}
+_FLAGS.update({"off": False, "no": False, "false": False, "0": False})
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _path(value: str) -> str:
+    return os.path.expanduser(os.path.expandvars(value))
+
+
+def _number(value: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", value):
+        raise ValueError("is not a whole number such as 1000")
+    return int(value)
+
+
+def _port(value: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", value) or int(value) > 65535:
+        raise ValueError("is not a port from 0 to 65535")
+    return int(value)
+
+
+def _measure(value: str, units: Mapping[str, int], complaint: str) -> int:
+    match = re.fullmatch("([0-9]{1,15}) ?([A-Za-z]?)", value)
+    if not match or match[2] not in units:
+        raise ValueError(complaint)
+    return int(match[1]) * units[match[2]]
+
+
+def _size(value: str) -> int:
+    return _measure(value.upper(), _UNITS, "is not a size such as 1048576, 8M or 10G")
+
+
+def _seconds(value: str) -> int:
+    return _measure(value.lower(), _TIMES, "is not a time such as 90, 30s, 5m, 12h or 2d")
+
+
+def _flag(value: str) -> bool:
+    if value.lower() not in _FLAGS:
+        raise ValueError("is neither on nor off")
+    return _FLAGS[value.lower()]
+
+
+def _names(value: str) -> Tuple[str, ...]:
+    return tuple(name for name in re.split(r"[\s,]+", value) if name)
+
+
+def _networks(value: str) -> Tuple[Any, ...]:
+    return tuple(ipaddress.ip_network(name, strict=False) for name in _names(value))
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if value not in choices:
+            raise ValueError("is not one of " + ", ".join(choices))
+        return value
+
+    return read
+
+
+class Setting(Generic[T]):
+    """One row of the table: read from text, typed where it is used."""
+
+    name = ""
+
+    def __init__(
+        self, section: str, read: Callable[[str], T], default: str, sentence: str
+    ) -> None:
+        self.section = section
+        self.read = read
+        self.default = default
+        self.sentence = sentence
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: Any = None) -> T:
+        value: T = instance._values[self.name]
+        return value
+
+    def parse(self, text: str, where: str) -> T:
+        """Return the value of `text`; raise SettingsError, naming `where` it stood."""
+        try:
+            return self.read(text.strip())
+        except ValueError as error:
+            raise SettingsError(f'{where}: "{text}" {error}.') from error
+
+
+class Settings:
+    """Everything that can be set, checked: ``Settings(upload_dir="in", sync=False)``.
+
+    Keyword arguments are the keys of conf.ini; values are text as written there ("8M"),
+    or plain numbers, booleans and lists.  Raises SettingsError.
+    """
+
+    host = Setting("server", _text, "127.0.0.1",
+        "Address to listen on; 0.0.0.0 means every address of this machine.")
+    port = Setting("server", _port, "8000",
+        "Port to listen on; 0 means any free one.")
+    upload_path = Setting("server", _text, "/upload",
+        "Path of the address that chunks are sent to.")
+    sample_dir = Setting("server", _path, "sample",
+        "Folder of sample pages, served under /sample/; empty turns it off.")
+    certificate = Setting("server", _path, "",
+        "PEM file with the certificate chain; TLS is on when private_key is set too.")
+    private_key = Setting("server", _path, "",
+        "PEM file with the private key of the certificate.")
+    max_connections = Setting("server", _number, "1000",
+        "Connections at one time; the one that has been idle longest gives way.")
+    timeout = Setting("server", _seconds, "60s",
+        "Longest wait for a request's head, for its next block, and between requests.")
+    trusted_proxies = Setting("server", _networks, "",
+        "Addresses or networks whose X-Forwarded-For, -Host and -Proto are believed.")
+
+    upload_dir = Setting("storage", _path, "uploads",
+        "Folder for finished files.")
+    temp_dir = Setting("storage", _path, "",
+        "Folder for unfinished uploads, on the same file system; empty means"
+        " .flowserver inside upload_dir.")
+    sync = Setting("storage", _flag, "on",
+        "Flush to the disk before answering, so that a power cut loses nothing.")
+    on_conflict = Setting("storage", _choice("rename", "replace", "refuse"), "rename",
+        "What to do when the name is taken: rename, replace or refuse.")
+    stale_after = Setting("storage", _seconds, "2d",
+        "Unfinished uploads without activity for this long are removed.")
+    keep_receipts = Setting("storage", _seconds, "1d",
+        "How long a finished upload is remembered, to answer repeated chunks.")
+    min_free_space = Setting("storage", _size, "100M",
+        "New uploads are refused when they would leave less free space than this.")
+
+    max_file_size = Setting("limits", _size, "0",
+        "Largest file in bytes; 0 means no limit.")
+    max_chunk_size = Setting("limits", _size, "0",
+        "Largest chunk in bytes; 0 means no limit.")
+    max_uploads = Setting("limits", _number, "10000",
+        "Unfinished uploads at one time; 0 means no limit.")
+
+    chunk_size = Setting("client", _size, "1M",
+        "Chunk size that the built-in page uses.")
+    parameter_prefix = Setting("client", _text, "",
+        "Prefix of the parameters (resumable.js: parameterNamespace), beside the known"
+        " names.")
+
+    users_file = Setting("access", _path, "",
+        "File of name:hash lines made by --add-user; empty means no login.")
+    allow_origins = Setting("access", _names, "",
+        "Other origins whose pages may upload, such as https://example.com.")
+    allow_hosts = Setting("access", _names, "",
+        "Host names that requests may ask for; empty means any, but only loopback"
+        " names when host is a loopback address.")
+
+    log_file = Setting("log", _path, "",
+        "File for the log, beside stderr; empty means stderr alone.")
+    log_level = Setting("log", _choice("debug", "info", "warning", "error"), "info",
+        "Least serious events to log: debug, info, warning or error.")
+    log_max_size = Setting("log", _size, "10M",
+        "Size at which the log file is rotated.")
+    log_backups = Setting("log", _number, "5",
+        "Rotated log files to keep.")
+
+    def __init__(self, **values: object) -> None:
+        table = settings_table()
+        for name in values:
+            if name not in table:
+                raise SettingsError(f'There is no setting "{name}".')
+        self._values = {
+            name: setting.parse(_as_text(values.get(name, setting.default)), name)
+            for name, setting in table.items()
+        }
+
+    def __repr__(self) -> str:
+        pairs = (f"{name}={value!r}" for name, value in self._values.items())
+        return f"Settings({', '.join(pairs)})"
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def settings_table() -> Dict[str, Setting[Any]]:
+    """Return the rows of the table by name, in the order in which they are written."""
+    return {k: v for k, v in vars(Settings).items() if isinstance(v, Setting)}
+
+
+def _is_path(setting: Setting[Any]) -> bool:
+    return setting.read is _path
+
+
+def load_settings(config: str, flags: Mapping[str, str]) -> Settings:
+    """Return the settings of a conf.ini (none when `config` is "") and of flags.
+
+    Flags win.  Paths in the file are relative to the file, those of flags to the current
+    folder.  Raises SettingsError naming file, section, key and value.
+    """
+    values: Dict[str, str] = _read_config(config) if config else {}
+    table = settings_table()
+    for name, text in flags.items():
+        table[name].parse(text, "--" + name.replace("_", "-"))
+        values[name] = _anchored(text, os.getcwd()) if _is_path(table[name]) else text
+    return Settings(**values)
+
+
+def _anchored(path: str, folder: str) -> str:
+    return os.path.join(folder, _path(path)) if path else ""
+
+
+def _read_config(path: str) -> Dict[str, str]:
+    parser = configparser.ConfigParser(interpolation=None, default_section="\0")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            parser.read_file(file, path)
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error).replace("\n", " ")
+        raise SettingsError(f"{path} can't be read: {reason}.") from error
+    values: Dict[str, str] = {}
+    for section in parser.sections():
+        for key, text in parser.items(section):
+            where = f"{path}, section [{section}], key {key}"
+            values[key] = _checked_entry(section, key, text, path, where)
+        _check_section(section, path)
+    return values
+
+
+def _checked_entry(section: str, key: str, text: str, path: str, where: str) -> str:
+    _check_section(section, path)
+    setting = settings_table().get(key)
+    if setting is None or setting.section != section:
+        raise SettingsError(f'{where}: there is no such key (its value is "{text}").')
+    setting.parse(text, where)
+    folder = os.path.dirname(os.path.abspath(path))
+    return _anchored(text, folder) if _is_path(setting) else text
+
+
+def _check_section(section: str, path: str) -> None:
+    sections = {setting.section for setting in settings_table().values()}
+    if section not in sections:
+        raise SettingsError(f"{path}: there is no section [{section}].")
+
+
+def conf_ini() -> str:
+    """Return the text of a conf.ini with every key, its default and its sentence."""
+    lines = ["# flowserver's settings; what stands here are the defaults."]
+    lines += ["# Paths are relative to this file.  Sizes: 8M, 10G.  Times: 30s, 2d."]
+    section = ""
+    for name, setting in settings_table().items():
+        if setting.section != section:
+            section = setting.section
+            lines += ["", f"[{section}]"]
+        lines += [f"# {setting.sentence}", f"{name} = {setting.default}".rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def settings_markdown() -> str:
+    """Return the README's table of settings."""
+    rows = ["| section | key | default | meaning |", "|---|---|---|---|"]
+    for name, setting in settings_table().items():
+        default = f"`{setting.default}`" if setting.default else ""
+        rows += [f"| {setting.section} | `{name}` | {default} | {setting.sentence} |"]
+    return "\n".join(rows) + "\n"
+
+
+# ---- multipart -----------------------------------------------------------------------
+# Law: sans-IO.  Bytes go in as they come, events come out; nothing here reads, writes or
+# knows what a chunk is.  Every size is bounded, every search is linear, and the first
+# error is the last word (RFC 7578, RFC 2046 5.1).
+
+_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_PARAMETER = re.compile(
+    # A quote ends the string unless it is escaped; a browser never escapes, so a
+    # backslash just before the closing quote is taken literally (WHATWG HTML, FormData).
+    rf'[ \t]*;[ \t]*({_TOKEN})=(?:"((?:\\"|[^"])*)"|({_TOKEN}))[ \t]*(?=;|$)'
+)
+_PART_HEADER = re.compile(rf"({_TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_IDENTITIES = ("", "binary", "8bit", "7bit")
+
+
+def parse_options(value: str) -> Tuple[str, Dict[str, str]]:
+    """Split ``form-data; name="a"`` into its first word, in lower case, and its options.
+
+    Raises Malformed for anything that is not written like that, and for an option that
+    is given twice.  ``name*`` and the like are left out (RFC 7578 4.2).
+    """
+    word, _, _ = value.partition(";")
+    options: Dict[str, str] = {}
+    position = len(word)
+    while position < len(value):
+        match = _PARAMETER.match(value, position)
+        if not match:
+            raise Malformed("A header of the form can't be read.")
+        name = match[1].lower()
+        if name in options:
+            raise Malformed(f'A header of the form gives "{name}" twice.')
+        options[name] = match[3] or (match[2] or "").replace('\\"', '"')
+        position = match.end()
+    plain = {name: text for name, text in options.items() if "*" not in name}
+    return word.strip().lower(), plain
+
+
+def boundary_of(content_type: str) -> Optional[bytes]:
+    """Return the boundary of a multipart/form-data type, None for any other type.
+
+    Raises Malformed when the boundary is missing or illegal (RFC 2046 5.1.1).
+    """
+    if not content_type.lower().lstrip().startswith("multipart/"):
+        return None
+    word, options = parse_options(content_type)
+    if word != "multipart/form-data":
+        raise Malformed("Only multipart/form-data is understood of the multipart types.")
+    if not _BOUNDARY.fullmatch(options.get("boundary", "")):
+        raise Malformed("The boundary of the form is missing or illegal.")
+    return options["boundary"].encode("ascii")
+
+
+class Part(NamedTuple):
+    """The beginning of a part: a file when it has a filename, else a text field."""
+
+    name: str
+    filename: Optional[str]
+    content_type: str
+
+
+Event = Union[Part, memoryview, None]
+
+
+class MultipartParser:
+    """A push parser for multipart/form-data::
+
+        parser = MultipartParser(boundary_of(content_type))
+        for event in parser.feed(block): ...
+        parser.close()
+
+    `max_parts` counts all parts; `max_header_size` is in bytes and for one part.
+    """
+
+    def __init__(
+        self,
+        boundary: bytes,
+        max_parts: int = 200,
+        max_header_size: int = 8192,
+        max_junk_size: int = 8192,  # before the first and after the last boundary
+    ) -> None:
+        self._delimiter = b"\r\n--" + boundary
+        self._held = b"\r\n"  # so that a body may begin with the delimiter itself
+        self._parts_left = max_parts
+        self._max_header_size = max_header_size
+        self._junk_left = max_junk_size
+        self._step = self._preamble
+        self._error: Optional[FlowError] = None
+
+    def feed(self, block: Union[bytes, bytearray], size: int = -1) -> List[Event]:
+        """Take the first `size` bytes of `block` (all by default), return the events.
+
+        A Part begins a part, non-empty memoryviews are its bytes, None ends it.  The
+        views may look into `block`: use them before it is filled again.  Raises
+        Malformed, and again the same when it is called after that.
+        """
+        end = len(block) if size < 0 else size
+        if self._held:
+            block = self._held + bytes(memoryview(block)[:end])
+            end = len(block)
+        if self._error:
+            raise self._error
+        events: List[Event] = []
+        position = 0
+        try:
+            while position >= 0:
+                kept = position
+                position = self._step(block, position, end, events)
+                if position == end:
+                    kept = end
+                    break
+        except FlowError as error:
+            self._error = error
+            raise
+        self._held = b"" if kept == end else bytes(memoryview(block)[kept:end])
+        return events
+
+    def close(self) -> None:
+        """Say that the body has ended; raises Truncated when it was not whole."""
+        if self._error:
+            raise self._error
+        if self._step != self._epilogue:
+            raise Truncated("The form ended before its last boundary.")
+
+    # Each step takes the bytes from `position` to `end` and returns where it stopped, or
+    # -1 when it needs more and the bytes from `position` on must be kept.
+
+    def _preamble(
+        self, block: Any, position: int, end: int, events: List[Event]
+    ) -> int:
+        found: int = block.find(self._delimiter, position, end)
+        if found < 0:
+            found = max(position, end - len(self._delimiter) + 1)
+            self._spend_junk(found - position)
+            if found == position:
+                return -1
+            return found
+        self._spend_junk(found - position)
+        self._step = self._delimited
+        return found + len(self._delimiter)
+
+    def _delimited(
+        self, block: Any, position: int, end: int, events: List[Event]
+    ) -> int:
+        """Look at what follows a delimiter: a new part, or the end."""
+        line_end: int = block.find(b"\r\n", position, min(end, position + 66))
+        if end - position >= 2 and block[position:position + 2] == b"--":
+            self._step = self._epilogue
+            return position + 2
+        if line_end < 0:
+            if end - position >= 66:
+                raise Malformed("A boundary of the form is followed by other text.")
+            return -1
+        # Blanks may stand there (RFC 2046 5.1.1, transport padding), nothing else.
+        if block[position:line_end].strip(b" \t"):
+            raise Malformed("A boundary of the form is followed by other text.")
+        self._parts_left -= 1
+        if self._parts_left < 0:
+            raise Malformed("The form has too many parts.")
+        self._step = self._header
+        return line_end + 2
+
+    def _header(self, block: Any, position: int, end: int, events: List[Event]) -> int:
+        limit = position + self._max_header_size
+        found = block.find(b"\r\n\r\n", position, min(end, limit))
+        if found < 0:
+            if end > limit:
+                raise Malformed("The header of a part of the form is too long.")
+            return -1
+        events.append(_parse_part(bytes(block[position:found])))
+        self._step = self._data
+        return int(found) + 4
+
+    def _data(self, block: Any, position: int, end: int, events: List[Event]) -> int:
+        found: int = block.find(self._delimiter, position, end)
+        if found >= 0:
+            if found > position:
+                events.append(memoryview(block)[position:found])
+            events.append(None)
+            self._step = self._delimited
+            return found + len(self._delimiter)
+        tail = self._tail(block, position, end)
+        if tail > position:
+            events.append(memoryview(block)[position:tail])
+            return tail
+        return -1
+
+    def _tail(self, block: Any, position: int, end: int) -> int:
+        """Return where the longest beginning of a delimiter at the end begins."""
+        start: int = max(position, end - len(self._delimiter) + 1)
+        while True:
+            start = block.find(b"\r", start, end)
+            if start < 0:
+                return end
+            if self._delimiter.startswith(block[start:end]):
+                return start
+            start += 1
+
+    def _epilogue(
+        self, block: Any, position: int, end: int, events: List[Event]
+    ) -> int:
+        self._spend_junk(end - position)
+        return end
+
+    def _spend_junk(self, size: int) -> None:
+        self._junk_left -= size
+        if self._junk_left < 0:
+            raise Malformed("The form has too many bytes outside of its parts.")
+
+
+def _parse_part(header: bytes) -> Part:
+    """Return the Part of a header block; raises Malformed."""
+    fields: Dict[str, str] = {}
+    try:
+        lines = header.decode("utf-8").split("\r\n")
+    except UnicodeDecodeError as error:
+        raise Malformed("A part's header is not UTF-8.") from error
+    for line in lines[:17]:
+        match = _PART_HEADER.fullmatch(line)
+        if not match or match[1].lower() in fields or len(fields) == 16:
+            raise Malformed("A part of the form has a header that can't be read.")
+        fields[match[1].lower()] = match[2].strip()
+    word, options = parse_options(fields.get("content-disposition", ""))
+    if word != "form-data" or "name" not in options:
+        raise Malformed("A part of the form has no name.")
+    if fields.get("content-transfer-encoding", "").lower() not in _IDENTITIES:
+        raise Malformed("An encoded part can't be taken; send its bytes as they are.")
+    return Part(options["name"], options.get("filename"), fields.get("content-type", ""))
+
+
+# ---- dialects ------------------------------------------------------------------------
+# Law: one row per client library: its names for things, and the statuses that it obeys.
+# Text of a client becomes a Chunk here, or an error; no other room knows a parameter.
+# What each client does with each status is in its source; retries follow 5xx and others.
+
+_COMMON_STATUSES = {
+    "malformed": 400,
+    "too_large": 413,
+    "conflict": 409,
+    "forbidden": 403,
+    "unauthorized": 401,
+    "missing": 404,
+    "bad_method": 405,
+    "trouble": 503,
+}
+
+
+class Dialect(NamedTuple):
+    """How one client library names the parameters of a chunk."""
+
+    name: str
+    identifier: str
+    number: str
+    chunk_size: str
+    length: str
+    total_size: str
+    filename: str
+    relative_path: str
+    total_chunks: str  # the parameter with the number of chunks; "" where it can't be trusted
+    statuses: Mapping[str, int]  # those that differ from the common ones
+
+
+def _family(name: str, prefix: str, statuses: Mapping[str, int], count: bool) -> Dialect:
+    """Return the row of a library that names its parameters as flow.js does."""
+    return Dialect(
+        name,
+        identifier=prefix + "Identifier",
+        number=prefix + "ChunkNumber",
+        chunk_size=prefix + "ChunkSize",
+        length=prefix + "CurrentChunkSize",
+        total_size=prefix + "TotalSize",
+        filename=prefix + "Filename",
+        relative_path=prefix + "RelativePath",
+        total_chunks=prefix + "TotalChunks" if count else "",
+        statuses=statuses,
+    )
+
+
+DIALECTS = (
+    # flow.js gives up on 404 413 415 500 501, and by default on anything but 200-202.
+    _family("flow.js", "flow", {"malformed": 415, "conflict": 415}, count=True),
+    # resumable.js 1.1.0 gives up on 400 404 415 500 501 and repeats all else 100 times
+    # without a pause, 413, 401 and 403 among them.  Its count of chunks is wrong at times.
+    _family(
+        "resumable.js",
+        "resumable",
+        {"too_large": 415, "conflict": 415, "forbidden": 415},
+        count=False,
+    ),
+    # What remains of ``upIdentifier`` when the setting parameter_prefix is "up".
+    _family(
+        "custom prefix",
+        "",
+        {"malformed": 415, "too_large": 415, "conflict": 415, "forbidden": 415},
+        count=False,
+    ),
+)
+
+# A name of our own clients: 128 random bits of a browser, and the time of modification.
+_SECRET_IDENTIFIER = re.compile("flowserver-[0-9a-f]{32}-")
+_ABSENT = ("", "null", "undefined", "false")
+
+
+class Chunk(NamedTuple):
+    """What the parameters of a request say; `length` is -1 when no chunk is meant."""
+
+    identifier: str
+    filename: str
+    relative_path: str  # as the client wrote it; the filename when there was none
+    size: int  # of the whole file, in bytes
+    start: int
+    length: int
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether knowing the identifier is proof enough of being its owner."""
+        return bool(_SECRET_IDENTIFIER.match(self.identifier))
+
+
+def unprefixed(parameters: Mapping[str, str], prefix: str) -> Dict[str, str]:
+    """Return the parameters with `prefix` taken off where it stands.
+
+    ``up_resumableIdentifier`` becomes resumable.js's own name (its parameterNamespace).
+    """
+    if not prefix:
+        return dict(parameters)
+    return {_without(name, prefix): value for name, value in parameters.items()}
+
+
+def _without(name: str, prefix: str) -> str:
+    return name[len(prefix):] if name.startswith(prefix) else name
+
+
+def recognise(names: Iterable[str]) -> Optional[Dialect]:
+    """Return the dialect that names its identifier among these parameters, or None."""
+    present = set(names)
+    for dialect in DIALECTS:
+        if dialect.identifier in present:
+            return dialect
+    return None
+
+
+def parse_integer(text: str, name: str) -> int:
+    """Return a whole number of at most 15 ASCII digits; raises Malformed.
+
+    int() alone takes ``+1``, ``1_0`` and digits of other scripts.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= 15):
+        raise Malformed(f'{name} is "{text[:40]}", which is not a whole number.')
+    return int(text)
+
+
+def parse_chunk(dialect: Dialect, parameters: Mapping[str, str]) -> Chunk:
+    """Return what the parameters mean; raises Malformed when they can't be true."""
+    def integer(name: str) -> int:
+        return parse_integer(parameters.get(name, ""), name)
+
+    identifier = parameters.get(dialect.identifier, "")
+    filename = parameters.get(dialect.filename, "")
+    path = parameters.get(dialect.relative_path, "")
+    path = filename if path in _ABSENT else path
+    if not identifier or not path:
+        raise Malformed("The upload has no identifier or no file name.")
+    upload = Chunk(identifier, filename or path, path, integer(dialect.total_size), 0, -1)
+    if parameters.get(dialect.number, "") == "":
+        return upload
+    number, nominal = integer(dialect.number), integer(dialect.chunk_size)
+    chunk = upload._replace(start=(number - 1) * nominal, length=integer(dialect.length))
+    _check_chunk(chunk, number, nominal)
+    if dialect.total_chunks and parameters.get(dialect.total_chunks):
+        _check_count(integer(dialect.total_chunks), number, nominal, chunk.size)
+    return chunk
+
+
+def _check_chunk(chunk: Chunk, number: int, nominal: int) -> None:
+    """Hold a chunk against the rules of flow.js and its family (PROTOCOLS 1, 11.3)."""
+    end = chunk.start + chunk.length
+    if number < 1 or nominal < 1:
+        raise Malformed("Chunk numbers and chunk sizes begin at 1.")
+    if end > chunk.size:
+        raise Malformed(
+            f"The chunk ends at byte {end}, but the file has only {chunk.size} bytes."
+        )
+    if end < chunk.size and chunk.length != nominal:
+        raise Malformed(
+            f"The chunk has {chunk.length} bytes, but all chunks except the last have"
+            f" {nominal}."
+        )
+    # The last chunk takes the remainder, unless forceChunkSize gives it one of its own.
+    if chunk.length >= 2 * nominal or (chunk.length == 0 and chunk.size > 0):
+        raise Malformed(
+            f"The last chunk has {chunk.length} bytes, which does not go with chunks of"
+            f" {nominal}."
+        )
+
+
+def _check_count(count: int, number: int, nominal: int, size: int) -> None:
+    fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
+    if not fewest <= count <= most or number > count:
+        raise Malformed(
+            f"Chunk {number} of {count} does not go with {size} bytes in chunks of"
+            f" {nominal}."
+        )
+
+
+def status_of(error: FlowError, dialect: Optional[Dialect]) -> int:
+    """Return the status that makes this client do what the error means."""
+    statuses = dialect.statuses if dialect else {}
+    return statuses.get(error.kind, _COMMON_STATUSES[error.kind])
+
+
+# Names.  The rules of all systems hold on every system, so that a folder can move.
+_UNSAFE = re.compile(
+    '[\x00-\x1f\x7f-\x9f<>:"|?*'
+    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb]"
+)
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|clock\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])"
+    r"[ ]*(\..*)?",
+    re.IGNORECASE | re.DOTALL,
+)
+_MAX_NAME_SIZE = 255  # bytes, on ext4, XFS, APFS and NTFS alike
+_MAX_PATH_SIZE = 2048  # bytes; PATH_MAX is 4096 and upload_dir comes before it
+_MAX_DEPTH = 40
+
+
+def safe_path(path: str, avoid: str = ".flowserver") -> str:
+    """Return a relative path under which a file may be stored on every system.
+
+    Separators of both kinds count; `avoid` is the name of a folder of ours.  Raises
+    Malformed for a path that leads outside, is empty, too long or too deep.
+    """
+    words = [word for word in re.split(r"[/\\]", path) if word not in ("", ".")]
+    if ".." in (word.strip(" ") for word in words):
+        raise Malformed(f"The name {printable(path)} leads outside of the upload folder.")
+    if not words or path[-1:] in "/\\":
+        raise Malformed(f"The name {printable(path)} names no file.")
+    safe = "/".join(safe_name(word, avoid) for word in words)
+    if len(words) > _MAX_DEPTH or len(safe.encode()) > _MAX_PATH_SIZE:
+        raise Malformed("The path of the file is too long or too deep.")
+    return safe
+
+
+def safe_name(name: str, avoid: str = ".flowserver") -> str:
+    """Return a name for one file or folder that is legal and harmless on every system."""
+    name = _UNSAFE.sub("_", unicodedata.normalize("NFC", name))
+    name = re.sub(r"[. ]+$", "_", name.lstrip(" ")) or "_"
+    if _RESERVED.fullmatch(name) or name.casefold() == avoid.casefold():
+        name = "_" + name
+    return _shortened(name, "")
+
+
+def numbered(name: str, number: int) -> str:
+    """Return ``report (1).pdf`` for ``report.pdf`` and 1."""
+    return _shortened(name, f" ({number})")
+
+
+def _shortened(name: str, insert: str) -> str:
+    """Put `insert` before the suffix, and cut the stem so that the name is not too long."""
+    stem, dot, suffix = name.rpartition(".")
+    if not stem or len(suffix.encode()) > 32:
+        stem, dot, suffix = name, "", ""
+    if stem.lower().endswith(".tar"):
+        stem, dot, suffix = stem[:-4], "." , f"{stem[-3:]}.{suffix}"
+    room = _MAX_NAME_SIZE - len((insert + dot + suffix).encode())
+    return stem.encode()[:room].decode("utf-8", "ignore") + insert + dot + suffix
+
+
+def printable(text: str) -> str:
+    """Return `text` in quotes on one line, with what could deceive a reader escaped."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return f'"{text}"'
+
+
+# ---- store ---------------------------------------------------------------------------
+# Law: recorded bytes are never rewritten, nothing is written after publication, and a
+# file appears under its name whole or not at all.  All state is on disk, under locks that
+# hold between threads and processes; what this process remembers is only what it read.
+#
+# An unfinished upload is <key>-<generation>.data, written in place, and <key>.ledger, an
+# append-only text of which a line counts when it is whole and its checksum is right.
+# When the file is published the ledger stays as the receipt.  A body that can't be
+# written in place (the whole file in one chunk, or a second attempt at a range that is
+# being written) goes to a private <token>-<n>.part first; <token>.live is locked by the
+# process whose parts those are, so that whoever starts later knows the dead ones.
+
+BLOCK_SIZE = 256 * 1024
+_IDLE_LEDGERS = 64
+_NOTE_SECONDS = 120
+
+
+class Folder(NamedTuple):
+    """An open folder; `fd` is None where the system can't name files relative to one."""
+
+    fd: Optional[int]
+    path: str
+
+
+class Disk:
+    """Every call of the store to the operating system, so that a test can stop at each.
+
+    With `sync` off, flush() and flush_folder() do nothing.
+    """
+
+    def __init__(self, sync: bool = True) -> None:
+        self.sync = sync
+        self.links = hasattr(os, "link") and os.name != "nt"
+        self._relative = os.open in os.supports_dir_fd and os.link in os.supports_dir_fd
+        self._flock = _find_file_lock()
+        self._positioned = hasattr(os, "pwrite")
+
+    # Files
+
+    def open(self, path: str, flags: int) -> int:
+        """Return a descriptor; files are made with the mode that the umask leaves."""
+        return os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def read(self, fd: int, size: int, offset: int) -> bytes:
+        """Return up to `size` bytes from `offset`; fewer only at the end of the file."""
+        blocks = []
+        while size > 0:
+            block = self._read_once(fd, min(size, 1 << 24), offset)
+            if not block:
+                break
+            blocks.append(block)
+            size -= len(block)
+            offset += len(block)
+        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+
+    def _read_once(self, fd: int, size: int, offset: int) -> bytes:
+        if self._positioned:
+            return os.pread(fd, size, offset)
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, size)
+
+    def write(self, fd: int, block: Union[bytes, memoryview], offset: int) -> None:
+        """Write all of `block` at `offset`."""
+        view = memoryview(block)
+        while view:
+            written = self._write_once(fd, view, offset)
+            view = view[written:]
+            offset += written
+
+    def _write_once(self, fd: int, view: memoryview, offset: int) -> int:
+        if self._positioned:
+            return os.pwrite(fd, view, offset)
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, view)
+
+    def truncate(self, fd: int, size: int) -> None:
+        """Cut the file to `size` bytes."""
+        os.ftruncate(fd, size)
+
+    def flush(self, fd: int) -> None:
+        """Return when the file's bytes are on the disk, whatever happens to the power."""
+        if not self.sync:
+            return
+        full = _full_flush()
+        if full is None:
+            (getattr(os, "fdatasync", None) or os.fsync)(fd)
+        else:  # macOS: fsync leaves the bytes in the drive's cache
+            full(fd)
+
+    def stat(self, fd: int) -> os.stat_result:
+        """Return what is known of an open file."""
+        return os.fstat(fd)
+
+    def stat_path(self, path: str) -> Optional[os.stat_result]:
+        """Return what is known of a file, links not followed; None when it is missing."""
+        try:
+            return os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def unlink(self, path: str) -> None:
+        """Remove a name; that it is missing already is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            _patiently(os.unlink, path)
+
+    def rename(self, source: str, target: str) -> None:
+        """Give a file of ours another name of ours."""
+        _patiently(os.replace, source, target)
+
+    # Folders
+
+    def make_folder(self, path: str, mode: int = 0o777) -> bool:
+        """Make a folder; return False when there was something of that name."""
+        try:
+            os.mkdir(path, mode)
+        except FileExistsError:
+            return False
+        return True
+
+    def open_folder(self, path: str) -> Folder:
+        """Open a folder that must exist and not be a symbolic link.
+
+        Raises NotADirectoryError, also for a link.
+        """
+        if not self._relative:
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", path)
+            return Folder(None, path)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", path) from error
+            raise
+        return Folder(fd, path)
+
+    def close_folder(self, folder: Folder) -> None:
+        """Close what open_folder() opened."""
+        if folder.fd is not None:
+            os.close(folder.fd)
+
+    def flush_folder(self, folder: Folder) -> None:
+        """Return when the names in the folder are on the disk."""
+        if self.sync and folder.fd is not None:
+            os.fsync(folder.fd)
+
+    def list(self, path: str) -> List[str]:
+        """Return the names in a folder."""
+        return os.listdir(path)
+
+    # Publication
+
+    def publish(self, source: str, folder: Folder, name: str) -> bool:
+        """Give a file its final name; raises FileExistsError, never overwrites.
+
+        Returns whether the old name is still there, too.
+        """
+        if self.links and folder.fd is not None:
+            os.link(source, name, dst_dir_fd=folder.fd)
+            return True
+        target = os.path.join(folder.path, name)
+        if os.name != "nt" and os.path.lexists(target):
+            # Only under Store._name_lock: this system has no rename that refuses.
+            raise FileExistsError(errno.EEXIST, "exists", target)
+        _patiently(os.rename, source, target)
+        return False
+
+    def replace(self, source: str, folder: Folder, name: str) -> None:
+        """Give a file its final name in place of the file that may have it."""
+        _patiently(os.replace, source, os.path.join(folder.path, name))
+
+    def named(self, folder: Folder, name: str) -> Optional[os.stat_result]:
+        """Return what is known of the file of this name, None when there is none."""
+        try:
+            if folder.fd is not None:
+                return os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
+            return os.lstat(os.path.join(folder.path, name))
+        except FileNotFoundError:
+            return None
+
+    def free_space(self, path: str) -> int:
+        """Return the bytes that can still be written."""
+        if hasattr(os, "statvfs"):
+            figures = os.statvfs(path)
+            return figures.f_bavail * figures.f_frsize
+        import shutil
+
+        return shutil.disk_usage(path).free
+
+    # Locks of open files: between processes, and between descriptors of one process
+
+    def lock(self, fd: int) -> None:
+        """Wait for the lock of an open file."""
+        self._flock(fd, True, True)
+
+    def try_lock(self, fd: int) -> bool:
+        """Take the lock of an open file if it is free."""
+        return self._flock(fd, True, False)
+
+    def unlock(self, fd: int) -> None:
+        """Give the lock of an open file back."""
+        self._flock(fd, False, False)
+
+
+def _find_file_lock() -> Callable[[int, bool, bool], bool]:
+    """Return ``lock(fd, take, wait) -> taken`` of this system."""
+    try:
+        import fcntl
+    except ImportError:
+        return _windows_lock()
+
+    def lock(fd: int, take: bool, wait: bool) -> bool:
+        mode = fcntl.LOCK_EX if take else fcntl.LOCK_UN
+        try:
+            fcntl.flock(fd, mode if wait or not take else mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    return lock
+
+
+def _windows_lock() -> Callable[[int, bool, bool], bool]:
+    import msvcrt
+
+    # Locks of Windows keep others from reading: take one byte that no file has.
+    place = 1 << 62
+    locking: Callable[[int, int, int], None] = getattr(msvcrt, "locking")
+    take_mode, free_mode = getattr(msvcrt, "LK_NBLCK"), getattr(msvcrt, "LK_UNLCK")
+
+    def lock(fd: int, take: bool, wait: bool) -> bool:
+        while True:
+            os.lseek(fd, place, os.SEEK_SET)
+            try:
+                locking(fd, take_mode if take else free_mode, 1)
+                return True
+            except OSError:
+                if not take or not wait:
+                    return False
+                time.sleep(0.002)
+
+    return lock
+
+
+def _full_flush() -> Optional[Callable[[int], None]]:
+    """Return macOS's flush through the drive's cache; None on other systems."""
+    if sys.platform != "darwin":
+        return None
+    import fcntl
+
+    def flush(fd: int) -> None:
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        except OSError:  # not every file system has it
+            os.fsync(fd)
+
+    return flush
+
+
+def _patiently(call: Callable[..., None], *arguments: str) -> None:
+    """Call, and again for two seconds where an open file can't be moved (Windows)."""
+    for _ in range(100 if os.name == "nt" else 0):
+        try:
+            return call(*arguments)
+        except PermissionError:
+            time.sleep(0.02)
+    return call(*arguments)
+
+
+class Ranges:
+    """Disjoint ranges of bytes, sorted, each with its sender; neighbours are merged."""
+
+    def __init__(self) -> None:
+        self._starts: List[int] = []
+        self._ends: List[int] = []
+        self._senders: List[str] = []
+        self.total = 0
+
+    def __iter__(self) -> Iterator[Tuple[int, int, str]]:
+        return iter(zip(self._starts, self._ends, self._senders))
+
+    def add(self, start: int, end: int, sender: str) -> None:
+        """Add what is not there yet of [start, end)."""
+        for gap_start, gap_end in self.gaps(start, end):
+            self._insert(gap_start, gap_end, sender)
+
+    def _insert(self, start: int, end: int, sender: str) -> None:
+        self.total += end - start
+        index = bisect.bisect_left(self._starts, start)
+        before = index > 0 and self._joins(index - 1, self._ends, start, sender)
+        after = index < len(self._starts) and self._joins(
+            index, self._starts, end, sender
+        )
+        if before and after:
+            self._ends[index - 1] = self._ends[index]
+            del self._starts[index], self._ends[index], self._senders[index]
+        elif before:
+            self._ends[index - 1] = end
+        elif after:
+            self._starts[index] = start
+        else:
+            self._starts.insert(index, start)
+            self._ends.insert(index, end)
+            self._senders.insert(index, sender)
+
+    def _joins(self, index: int, edges: List[int], edge: int, sender: str) -> bool:
+        return edges[index] == edge and self._senders[index] == sender
+
+    def within(self, start: int, end: int) -> List[Tuple[int, int, str]]:
+        """Return what is there of [start, end), cut to it."""
+        found = []
+        index = bisect.bisect_right(self._ends, start)
+        while index < len(self._starts) and self._starts[index] < end:
+            low, high = max(self._starts[index], start), min(self._ends[index], end)
+            found.append((low, high, self._senders[index]))
+            index += 1
+        return found
+
+    def gaps(self, start: int, end: int) -> List[Tuple[int, int]]:
+        """Return what is missing of [start, end)."""
+        missing = []
+        for low, high, _ in self.within(start, end):
+            if start < low:
+                missing.append((start, low))
+            start = high
+        return missing + [(start, end)] if start < end else missing
+
+
+class Upload(NamedTuple):
+    """What names an upload; `path` is relative to upload_dir and safe already."""
+
+    key: str
+    path: str
+    size: int
+    owner: str = ""
+    identifier: str = ""
+    relative_path: str = ""  # as the client wrote it
+
+
+def upload_key(owner: str, identifier: str, relative_path: str, size: int) -> str:
+    """Return the name on disk of an upload: a hash, nothing that a client wrote."""
+    text = json.dumps([owner, identifier, relative_path, size])
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+class Done(NamedTuple):
+    """A finished file; `path` is absolute, `id` the same if it is announced twice."""
+
+    id: str
+    path: str
+    relative_path: str  # below upload_dir, with "/"
+    filename: str
+    size: int
+    owner: str
+    identifier: str
+    fields: Mapping[str, str]  # what else the client sent with the last chunk
+
+
+class Progress(NamedTuple):
+    """What is stored of an upload, in bytes; `done` when it is finished."""
+
+    received: int
+    size: int
+    done: Optional[Done] = None
+    is_new: bool = False  # whether this very request finished it
+
+
+class _Ledger:
+    """One upload as this process has read it; valid under the store's lock."""
+
+    def __init__(self, key: str, fd: int) -> None:
+        self.key = key
+        self.fd = fd
+        self.mutex = threading.Lock()
+        self.flushing = threading.Lock()
+        self.users = 0
+        self.data_fd: Optional[int] = None
+        self.retired_fds: List[int] = []
+        self.is_home = False  # this process holds the lock of the data file
+        self.attempts: List[_InPlace] = []
+        self.offset = 0  # bytes of whole lines read
+        self.flushed = 0  # bytes of them known to be on the disk
+        self.writes = 0  # to the data file, by this process
+        self.flushed_writes = 0
+        self.is_torn = False  # what follows `offset` is no line
+        self.is_dead = False  # forgotten; whoever wants this upload opens it anew
+        self.begin({})
+
+    def begin(self, values: Mapping[str, Any]) -> None:
+        """A new upload; `values` as _Ledger.first_line writes them."""
+        upload = values.get("upload", [self.key, "", -1])
+        self.upload = Upload(*upload)
+        self.generation: str = values.get("generation", "")
+        self.opener: str = values.get("sender", "")
+        self.ranges = Ranges()
+        for start, end, sender in values.get("ranges", ()):
+            self.ranges.add(start, end, sender)
+        self.intents: List[Tuple[str, int, Dict[str, str]]] = []
+        self.finished: Optional[_Finished] = None
+        self.is_announced = False
+        self.notes: List[Tuple[int, int, str, float]] = []
+        self.is_named = False  # the names in the temp folder are known to be on the disk
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every byte is recorded."""
+        return self.ranges.total == self.upload.size
+
+    def read_lines(self, text: bytes) -> None:
+        """Take the lines that follow `offset`, up to the first that is not whole."""
+        for line in text.splitlines(keepends=True):
+            values = _parse_line(line)
+            if values is None:
+                return
+            self.offset += len(line)
+            _LINES[values[0]](self, *values[1:])
+
+    def add_range(self, start: int, end: int, same: int, sender: str) -> None:
+        """A range is stored; up to `same` it held the right bytes already."""
+        for attempt in self.attempts:
+            attempt.overtaken(start, end, same)
+        self.ranges.add(start, end, sender)
+
+    def add_intent(self, path: str, inode: int, fields: Dict[str, str]) -> None:
+        """The data file, which is this inode, is about to get this name."""
+        self.intents.append((path, inode, fields))
+
+    def finish(self, values: Mapping[str, Any]) -> None:
+        """The file has its name."""
+        self.finished = _Finished(**values)
+        self.is_announced = self.finished.is_announced
+
+    def announce(self) -> None:
+        """on_complete has returned."""
+        self.is_announced = True
+
+    def add_note(
+        self, start: int, end: int, sender: str, when: float, afresh: bool
+    ) -> None:
+        """A range that came again after the end was equal to the file's."""
+        self.notes = [] if afresh else self.notes
+        self.notes.append((start, end, sender, when))
+
+
+class _Finished(NamedTuple):
+    """What a receipt says: where the file went, and how to know it again."""
+
+    path: str  # below upload_dir
+    size: int
+    inode: int
+    modified: int  # nanoseconds
+    token: str  # the process that finished it
+    is_announced: bool
+    fields: Mapping[str, str]
+
+
+_LINES: Mapping[str, Callable[..., None]] = {
+    "upload": _Ledger.begin,
+    "range": _Ledger.add_range,
+    "publish": _Ledger.add_intent,
+    "finished": _Ledger.finish,
+    "announced": _Ledger.announce,
+    "note": _Ledger.add_note,
+}
+
+
+def _ledger_line(*values: Any) -> bytes:
+    text = json.dumps(values, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parse_line(line: bytes) -> Optional[List[Any]]:
+    """Return the values of a line, None when it is torn or not one of ours."""
+    if not line.endswith(b"\n") or b"%08x" % zlib.crc32(line[9:-1]) != line[:8]:
+        return None
+    values: List[Any] = json.loads(line[9:])
+    return values
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn an error of the operating system into a sentence for people."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise TooLarge("The file is larger than this disk's files can be.") from error
+        sentence = _SENTENCES.get(error.errno or 0)
+        raise Trouble(sentence or f"The disk reports: {error.strerror}.") from error
+
+
+_SENTENCES = {
+    errno.ENOSPC: "The disk is full; what is stored so far is kept.",
+    getattr(errno, "EDQUOT", -1): "The disk quota is used up; what is stored is kept.",
+    errno.EROFS: "The upload folder is read-only at the moment.",
+    errno.EACCES: "The server may not write to the upload folder.",
+    errno.EPERM: "The server may not write to the upload folder.",
+    errno.ENOENT: "The upload folder is gone (is its disk mounted?).",
+    errno.EMFILE: "The server has too many open files at the moment.",
+    errno.ENFILE: "The machine has too many open files at the moment.",
+    errno.EIO: "The disk reports an error.",
+    errno.EXDEV: "The file's folder is on another file system than the upload folder.",
+}
+
+
+class Store:
+    """Uploads on disk::
+
+        with store.receive(upload, start, end, sender) as body:
+            body.write(block)       # as often as it takes, in order
+            progress = body.commit()
+
+    `sender` is who sends: an address, a user, or one word for all who know the secret.
+    `announce` is called with each Done, once while the process lives and after a crash
+    at least once.  Raises Trouble when `upload_dir` can't be used; starts no thread.
+    """
+
+    def __init__(
+        self,
+        upload_dir: str,
+        temp_dir: str = "",
+        on_conflict: str = "rename",
+        disk: Optional[Disk] = None,
+        announce: Optional[Callable[[Done], None]] = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.upload_dir = os.path.abspath(upload_dir)
+        self.temp_dir = os.path.abspath(
+            temp_dir or os.path.join(upload_dir, ".flowserver")
+        )
+        self.disk = disk or Disk()
+        self.open_uploads = 0
+        self.warnings: List[str] = []
+        self._state_dir = os.path.join(self.temp_dir, "v1")
+        self._on_conflict = on_conflict
+        self._announce = announce
+        self._clock = clock
+        self._mutex = threading.Lock()
+        self._ledgers: Dict[str, _Ledger] = {}
+        self._idle: collections.OrderedDict[str, _Ledger] = collections.OrderedDict()
+        self._flushed_folders: Dict[str, bool] = {}
+        self._token, self._token_fd, self._pid = "", -1, os.getpid()
+        self._part_count = 0
+        with _explained():
+            self._make_folders()
+
+    # What the application calls
+
+    def receive(self, upload: Upload, start: int, end: int, sender: str) -> Receiving:
+        """Begin to take the bytes [start, end) of an upload.
+
+        Raises Conflict when the name is taken and on_conflict is "refuse".
+        """
+        with _explained():
+            return Receiving(self, upload, start, end, _sender_hash(sender))
+
+    def has(self, upload: Upload, start: int, end: int, sender: str) -> bool:
+        """Return whether this sender need not send [start, end); changes nothing.
+
+        False as soon as nothing is missing, so that a last chunk comes and finishes.
+        """
+        who = _sender_hash(sender)
+        with _explained(), self._entered(upload) as ledger:
+            if ledger is None or ledger.finished or ledger.is_complete:
+                return False
+            found = ledger.ranges.within(start, end)
+            if ledger.ranges.gaps(start, end) or {who} != {word for _, _, word in found}:
+                return False
+            self._flush_ledger(ledger)
+            return True
+
+    def knows(self, upload: Upload) -> bool:
+        """Return whether the upload was begun, or finished a while ago."""
+        return self.disk.stat_path(self._path(upload.key + ".ledger")) is not None
+
+    def status(
+        self, upload: Upload, sender: str
+    ) -> Tuple[List[Tuple[int, int]], Optional[Done]]:
+        """Return the ranges that this sender need not send, and the end when it is there.
+
+        Changes nothing.
+        """
+        who = _sender_hash(sender)
+        with _explained(), self._entered(upload) as ledger:
+            if ledger is None:
+                return [], None
+            ranges = [(low, high) for low, high, word in ledger.ranges if word == who]
+            if ledger.finished:
+                known = bool(ranges) and self._is_intact(ledger)
+                return ranges, self._done(ledger) if known else None
+            self._flush_ledger(ledger)
+            return ranges, None
+
+    def forget(self, upload: Upload, sender: str) -> bool:
+        """Drop an unfinished upload that `sender` began or sent bytes of."""
+        who = _sender_hash(sender)
+        with _explained(), self._entered(upload) as ledger:
+            if ledger is None or ledger.finished:
+                return False
+            senders = {word for _, _, word in ledger.ranges} | {ledger.opener}
+            if who not in senders:
+                return False
+            self._forget(ledger)
+            return True
+
+    def sweep(self, stale_after: float, keep_receipts: float) -> None:
+        """Finish what a crash left, remove what nobody wants; times in seconds.
+
+        Meant for the start and now and then; safe beside other processes.
+        """
+        with _explained():
+            names = self.disk.list(self._state_dir)
+            self._sweep_dead_processes(names)
+            datas = collections.defaultdict(list)
+            for name in names:
+                if name.endswith(".data"):
+                    datas[name.partition("-")[0]].append(name)
+            keys = {name[:-7] for name in names if name.endswith(".ledger")}
+            unfinished = [
+                self._sweep_upload(key, datas.get(key, []), stale_after, keep_receipts)
+                for key in keys | set(datas)
+            ]
+            self.open_uploads = sum(unfinished)
+
+    def close(self) -> None:
+        """Give back what is kept open; a later call opens it again."""
+        with self._mutex:
+            self._notice_fork()
+            while self._idle:
+                key, ledger = self._idle.popitem()
+                self.disk.close(self._ledgers.pop(key).fd)
+            if self._token:
+                self.disk.close(self._token_fd)
+                self.disk.unlink(self._path(self._token + ".live"))
+                self._token = ""
+
+    # Folders
+
+    def _make_folders(self) -> None:
+        os.makedirs(self.upload_dir, exist_ok=True)
+        for path in (self.temp_dir, self._state_dir):
+            self.disk.make_folder(path, 0o700)
+        if os.stat(self.upload_dir).st_dev != os.stat(self._state_dir).st_dev:
+            raise Trouble(
+                f"temp_dir {self.temp_dir} is not on the same file system as upload_dir"
+                f" {self.upload_dir}."
+            )
+        with self._folder(self.temp_dir) as folder:
+            self.disk.flush_folder(folder)
+        self._try_links()
+
+    def _try_links(self) -> None:
+        """Find out whether files can have two names here; publication relies on it."""
+        if not self.disk.links:
+            return
+        part, fd = self._new_part()
+        try:
+            with self._folder(self._state_dir) as folder:
+                self.disk.publish(part, folder, os.path.basename(part) + ".part")
+            self.disk.unlink(part + ".part")
+        except OSError:
+            self.disk.links = False
+            self.warnings.append(
+                "This file system has no hard links: names are checked under a lock, and"
+                " another program may take one in between."
+            )
+        finally:
+            self.disk.close(fd)
+            self.disk.unlink(part)
+
+    @contextlib.contextmanager
+    def _folder(self, path: str) -> Iterator[Folder]:
+        folder = self.disk.open_folder(path)
+        try:
+            yield folder
+        finally:
+            self.disk.close_folder(folder)
+
+    @contextlib.contextmanager
+    def _target_folder(self, path: str) -> Iterator[Folder]:
+        """Open the folder of a file below upload_dir, made where it is missing."""
+        parent = self.upload_dir
+        for word in path.split("/")[:-1]:
+            folder = os.path.join(parent, word)
+            self.disk.make_folder(folder)
+            self._require_folder(folder, word)
+            if folder not in self._flushed_folders:
+                with self._folder(parent) as above:
+                    self.disk.flush_folder(above)
+                if len(self._flushed_folders) > 10000:
+                    self._flushed_folders.clear()
+                self._flushed_folders[folder] = True
+            parent = folder
+        with self._folder(parent) as last:
+            yield last
+
+    def _require_folder(self, path: str, word: str) -> None:
+        status = self.disk.stat_path(path)
+        if status is None or not stat.S_ISDIR(status.st_mode):
+            raise _no_folder(word)
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._state_dir, name)
+
+    def _data_path(self, ledger: _Ledger) -> str:
+        return self._path(f"{ledger.key}-{ledger.generation}.data")
+
+    # This process
+
+    def _live_token(self) -> str:
+        """Return this process's token, whose file is locked as long as it lives."""
+        with self._mutex:
+            self._notice_fork()
+            while not self._token:
+                token = secrets.token_hex(8)
+                path = self._path(token + ".live")
+                fd = self.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self.disk.lock(fd)
+                if self.disk.stat_path(path) is None:  # swept before it was locked
+                    self.disk.close(fd)
+                    continue
+                self._token, self._token_fd = token, fd
+            return self._token
+
+    def _is_alive(self, token: str) -> bool:
+        """Return whether the process of a token lives."""
+        if token == self._live_token():
+            return True
+        try:
+            fd = self.disk.open(self._path(token + ".live"), os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            return not self.disk.try_lock(fd)
+        finally:
+            self.disk.close(fd)
+
+    def _new_part(self) -> Tuple[str, int]:
+        """Make a private file; return its path and descriptor."""
+        token = self._live_token()
+        with self._mutex:
+            self._part_count += 1
+            path = self._path(f"{token}-{self._part_count}.part")
+        return path, self.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+    def _sweep_dead_processes(self, names: Sequence[str]) -> None:
+        alive: Dict[str, bool] = {}
+        for name in names:
+            if name.endswith((".live", ".part")):
+                token = re.split("[-.]", name)[0]
+                if token not in alive:
+                    alive[token] = self._is_alive(token)
+                if not alive[token]:
+                    self.disk.unlink(self._path(name))
+
+    # Ledgers: found, kept, locked, written
+
+    def _acquire(self, key: str, create: bool) -> Optional[_Ledger]:
+        """Return the ledger of an upload, to be released; None when there is none."""
+        with self._mutex:
+            self._notice_fork()
+            ledger = self._ledgers.get(key)
+            if ledger is None:
+                flags = os.O_RDWR | (os.O_CREAT if create else 0)
+                try:
+                    fd = self.disk.open(self._path(key + ".ledger"), flags)
+                except FileNotFoundError:
+                    os.stat(self._state_dir)  # says so when the folder itself is gone
+                    return None
+                ledger = self._ledgers[key] = _Ledger(key, fd)
+            self._idle.pop(key, None)
+            ledger.users += 1
+            return ledger
+
+    def _keep(self, ledger: _Ledger) -> None:
+        """Count one more user; each ends with _release()."""
+        with self._mutex:
+            ledger.users += 1
+
+    def _release(self, ledger: _Ledger) -> None:
+        with self._mutex:
+            ledger.users -= 1
+            if ledger.is_dead and self._ledgers.get(ledger.key) is ledger:
+                del self._ledgers[ledger.key]
+            if ledger.users == 0:
+                self._close_data(ledger)
+                if ledger.is_dead:
+                    self.disk.close(ledger.fd)
+                else:
+                    self._rest(ledger)
+
+    def _rest(self, ledger: _Ledger) -> None:
+        """Keep a ledger open between chunks; on Windows an open file can't be removed."""
+        self._idle[ledger.key] = ledger
+        while len(self._idle) > (_IDLE_LEDGERS if os.name != "nt" else 0):
+            key, oldest = self._idle.popitem(last=False)
+            del self._ledgers[key]
+            self.disk.close(oldest.fd)
+
+    def _notice_fork(self) -> None:
+        """A forked child leaves its parent's descriptors be, and is a process itself."""
+        if self._pid != os.getpid():
+            self._pid, self._token = os.getpid(), ""
+            self._ledgers.clear()
+            self._idle.clear()
+
+    def _close_data(self, ledger: _Ledger) -> None:
+        fds, ledger.retired_fds = ledger.retired_fds, []
+        if ledger.data_fd is not None:
+            fds.append(ledger.data_fd)
+        ledger.data_fd, ledger.is_home = None, False
+        for fd in fds:
+            self.disk.close(fd)
+
+    @contextlib.contextmanager
+    def _locked(self, ledger: _Ledger) -> Iterator[None]:
+        """Hold the upload's lock, between threads and processes, and know its state."""
+        with ledger.mutex:
+            self.disk.lock(ledger.fd)
+            try:
+                self._refresh(ledger)
+                yield
+            finally:
+                self.disk.unlock(ledger.fd)
+
+    def _refresh(self, ledger: _Ledger) -> None:
+        status = self.disk.stat(ledger.fd)
+        if status.st_nlink == 0 or status.st_size < ledger.offset:
+            ledger.is_dead = True
+        elif status.st_size > ledger.offset:
+            size = status.st_size - ledger.offset
+            ledger.read_lines(self.disk.read(ledger.fd, size, ledger.offset))
+            ledger.is_torn = status.st_size > ledger.offset
+
+    @contextlib.contextmanager
+    def _entered(
+        self, upload: Upload, opener: Optional[str] = None
+    ) -> Iterator[Optional[_Ledger]]:
+        """Yield the upload's ledger, locked; opened by `opener` when there is none."""
+        while True:
+            ledger = self._acquire(upload.key, opener is not None)
+            if ledger is None:
+                yield None
+                return
+            try:
+                with self._locked(ledger):
+                    if not ledger.is_dead:
+                        if opener is not None and not ledger.generation:
+                            self._open_upload(ledger, upload, opener, ())
+                            self.open_uploads += 1
+                        yield ledger if ledger.generation else None
+                        return
+            finally:
+                self._release(ledger)
+
+    def _open_upload(
+        self,
+        ledger: _Ledger,
+        upload: Upload,
+        sender: str,
+        ranges: Sequence[Tuple[int, int, str]],
+        generation: str = "",
+    ) -> None:
+        values = {
+            "version": 1,
+            "generation": generation or secrets.token_hex(8),
+            "upload": upload,
+            "sender": sender,
+            "ranges": ranges,
+        }
+        self._append(ledger, _ledger_line("upload", values))
+
+    def _append(self, ledger: _Ledger, lines: bytes) -> None:
+        """Write lines and take them as read; a half-written line is cut off later."""
+        if ledger.is_torn:
+            self.disk.truncate(ledger.fd, ledger.offset)
+        ledger.is_torn = True
+        self.disk.write(ledger.fd, lines, ledger.offset)
+        ledger.is_torn = False
+        ledger.read_lines(lines)
+
+    def _flush_ledger(self, ledger: _Ledger) -> None:
+        """Return when the lines written so far are on the disk; threads share a flush."""
+        wanted = ledger.offset
+        with ledger.flushing:
+            if ledger.flushed < wanted:
+                reached = ledger.offset
+                self.disk.flush(ledger.fd)
+                if not ledger.is_named:
+                    with self._folder(self._state_dir) as folder:
+                        self.disk.flush_folder(folder)
+                    ledger.is_named = True
+                ledger.flushed = reached
+
+    def _flush_data(self, ledger: _Ledger) -> None:
+        """Return when the bytes written so far are on the disk; threads share a flush."""
+        wanted = ledger.writes
+        with ledger.flushing:
+            if ledger.flushed_writes < wanted:
+                reached, fd = ledger.writes, ledger.data_fd
+                try:
+                    self.disk.flush(self._data(ledger) if fd is None else fd)
+                except OSError:
+                    # A failed flush is told once: nobody may trust what it covered.
+                    for attempt in list(ledger.attempts):
+                        attempt.is_broken = True
+                    raise
+                ledger.flushed_writes = reached
+
+    # The data file
+
+    def _data(self, ledger: _Ledger) -> int:
+        """Return a descriptor of the upload's bytes, for this process."""
+        if ledger.data_fd is None:
+            if ledger.finished:
+                path = os.path.join(self.upload_dir, ledger.finished.path)
+                ledger.data_fd = self.disk.open(path, os.O_RDONLY)
+            else:
+                flags = os.O_RDWR | os.O_CREAT
+                ledger.data_fd = self.disk.open(self._data_path(ledger), flags)
+        return ledger.data_fd
+
+    def _make_home(self, ledger: _Ledger) -> bool:
+        """Be the one process that writes this upload in place, if no other is."""
+        if not ledger.is_home:
+            ledger.is_home = self.disk.try_lock(self._data(ledger))
+        return ledger.is_home
+
+    def _exchange_data(self, ledger: _Ledger, fd: Optional[int]) -> None:
+        """Take another data file; who still reads the old one may go on."""
+        if ledger.data_fd is not None:
+            ledger.retired_fds.append(ledger.data_fd)
+        ledger.data_fd, ledger.is_home = fd, False
+
+    def _leave_home(self, ledger: _Ledger) -> None:
+        if ledger.is_home and not ledger.attempts and ledger.data_fd is not None:
+            self.disk.unlock(ledger.data_fd)
+            ledger.is_home = False
+
+    def _is_equal(self, fd: int, block: memoryview, offset: int) -> bool:
+        return self.disk.read(fd, len(block), offset) == block
+
+    def _files_equal(self, fd: int, other: int, start: int, end: int, at: int) -> bool:
+        """Compare [start, end) of a file with as many bytes from `at` of another."""
+        for low in range(start, end, BLOCK_SIZE):
+            size = min(BLOCK_SIZE, end - low)
+            mine = self.disk.read(fd, size, low)
+            if mine != self.disk.read(other, size, at + low - start):
+                return False
+        return True
+
+    def _merge(
+        self, ledger: _Ledger, part: int, start: int, gap: Tuple[int, int]
+    ) -> int:
+        """Copy a gap's bytes from a part that begins at `start` into the data file.
+
+        Returns up to where the data file held the same bytes already.
+        """
+        data, same = self._data(ledger), gap[1]
+        for low in range(gap[0], gap[1], BLOCK_SIZE):
+            size = min(BLOCK_SIZE, gap[1] - low)
+            mine = self.disk.read(part, size, low - start)
+            if same == gap[1]:
+                theirs = self.disk.read(data, size, low)
+                if mine == theirs:
+                    continue
+                same = low + _first_difference(mine, theirs)
+            self.disk.write(data, mine, low)
+        ledger.writes += 1
+        return same
+
+    # The end
+
+    def _settle(self, ledger: _Ledger, fields: Mapping[str, str]) -> Progress:
+        """Say how far the upload is; finish it when nothing is missing."""
+        is_new = ledger.is_complete and not ledger.finished
+        if is_new:
+            self._finish(ledger, fields)
+        done = self._done(ledger) if ledger.finished else None
+        return Progress(ledger.ranges.total, ledger.upload.size, done, is_new)
+
+    def _done(self, ledger: _Ledger) -> Done:
+        finished, upload = ledger.finished, ledger.upload
+        assert finished is not None
+        return Done(
+            id=f"{ledger.key}-{ledger.generation}",
+            path=os.path.join(self.upload_dir, *finished.path.split("/")),
+            relative_path=finished.path,
+            filename=finished.path.rpartition("/")[2],
+            size=upload.size,
+            owner=upload.owner,
+            identifier=upload.identifier,
+            fields=finished.fields,
+        )
+
+    def _finish(self, ledger: _Ledger, fields: Mapping[str, str]) -> None:
+        """Publish a complete upload and turn its ledger into the receipt.
+
+        The lines are on the disk before the name is, so that after a power cut nobody
+        takes the published file for an unfinished one and writes into it.
+        """
+        given = dict(fields) if self._announce else {}
+        path = self._published_already(ledger) or self._publish_safely(ledger, given)
+        kept = next((f for name, _, f in reversed(ledger.intents) if name == path), given)
+        status = self.disk.stat_path(os.path.join(self.upload_dir, path))
+        inode, modified = (status.st_ino, status.st_mtime_ns) if status else (0, 0)
+        is_announced = self._announce is None
+        token = "" if is_announced else self._live_token()
+        finished = _Finished(
+            path, ledger.upload.size, inode, modified, token, is_announced, kept
+        )
+        self._append(ledger, _ledger_line("finished", finished._asdict()))
+        self._flush_ledger(ledger)
+        self.disk.unlink(self._data_path(ledger))
+        self.open_uploads = max(0, self.open_uploads - 1)
+
+    def _publish_safely(self, ledger: _Ledger, fields: Dict[str, str]) -> str:
+        """Publish; an upload that can't ever be published is dropped with the refusal."""
+        if self.disk.stat(self._data(ledger)).st_size != ledger.upload.size:
+            self._forget(ledger)  # a power cut without sync: the ledger outlived the data
+            raise Trouble("Stored bytes of this file were lost; please send it again.")
+        try:
+            return self._publish(ledger, fields)
+        except Conflict:
+            self._forget(ledger)
+            raise
+
+    def _published_already(self, ledger: _Ledger) -> str:
+        """Return the name that a crash left the data file under; "" when there is none."""
+        for path, inode, _ in reversed(ledger.intents):
+            status = self.disk.stat_path(os.path.join(self.upload_dir, path))
+            if status and (status.st_ino, status.st_size) == (inode, ledger.upload.size):
+                with self._target_folder(path) as folder:
+                    self.disk.flush_folder(folder)
+                return path
+        return ""
+
+    def _publish(self, ledger: _Ledger, fields: Dict[str, str]) -> str:
+        """Give the data file its name; return the path below upload_dir."""
+        parent, slash, name = ledger.upload.path.rpartition("/")
+        inode = self.disk.stat(self._data(ledger)).st_ino
+
+        def attempt(folder: Folder, candidate: str) -> None:
+            path = parent + slash + candidate
+            self._append(ledger, _ledger_line("publish", path, inode, fields))
+            self._flush_ledger(ledger)
+            if os.name == "nt":
+                self._close_data(ledger)
+            self._give_name(self._data_path(ledger), folder, candidate)
+
+        with self._target_folder(ledger.upload.path) as folder:
+            return parent + slash + self._choose_name(folder, name, ledger, attempt)
+
+    def _choose_name(
+        self,
+        folder: Folder,
+        name: str,
+        ledger: _Ledger,
+        attempt: Callable[[Folder, str], None],
+    ) -> str:
+        """Find a name as on_conflict says and `attempt` it; return the one it became.
+
+        A file of that name with the same bytes is as good as ours: no second copy.
+        """
+        candidate = name
+        while True:
+            existing = self.disk.named(folder, candidate)
+            data = self._data(ledger)
+            if existing and self._same_file(data, folder, candidate, existing):
+                self.disk.flush_folder(folder)
+                return candidate
+            if existing is None or self._on_conflict == "replace":
+                with contextlib.suppress(FileExistsError):
+                    attempt(folder, candidate)
+                    self.disk.flush_folder(folder)
+                    return candidate
+            elif self._on_conflict == "refuse":
+                raise _taken(name)
+            else:
+                candidate = self._free_number(folder, name)
+
+    def _same_file(
+        self, fd: int, folder: Folder, name: str, existing: os.stat_result
+    ) -> bool:
+        mine = self.disk.stat(fd)
+        if (mine.st_ino, mine.st_dev) == (existing.st_ino, existing.st_dev):
+            return True
+        if mine.st_size != existing.st_size or not stat.S_ISREG(existing.st_mode):
+            return False
+        other = self.disk.open(os.path.join(folder.path, name), os.O_RDONLY)
+        try:
+            return self._files_equal(fd, other, 0, mine.st_size, 0)
+        finally:
+            self.disk.close(other)
+
+    def _free_number(self, folder: Folder, name: str) -> str:
+        """Return a free numbered name in a logarithmic number of looks.
+
+        Not from 1 each time: 10,000 files of one name would make the next one slow.
+        """
+        low, high = 0, 1
+        while self.disk.named(folder, numbered(name, high)):
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.disk.named(folder, numbered(name, middle)):
+                low = middle
+            else:
+                high = middle
+        return numbered(name, high)
+
+    def _give_name(self, source: str, folder: Folder, name: str) -> None:
+        if self._on_conflict == "replace":
+            self.disk.replace(source, folder, name)
+            return
+        if self.disk.links or os.name == "nt":
+            self.disk.publish(source, folder, name)
+            return
+        with self._name_lock():
+            self.disk.publish(source, folder, name)
+
+    @contextlib.contextmanager
+    def _name_lock(self) -> Iterator[None]:
+        fd = self.disk.open(self._path("names.lock"), os.O_RDWR | os.O_CREAT)
+        try:
+            self.disk.lock(fd)
+            yield
+        finally:
+            self.disk.close(fd)
+
+    def _publish_part(self, upload: Upload, path: str, fd: int) -> Optional[Progress]:
+        """Finish a file that came as one chunk: a link, and no ledger.
+
+        Returns None when its name is taken and it must get another one: that needs a
+        receipt, so that the same chunk sent again finds the same name.
+        """
+        name = upload.path.rpartition("/")[2]
+        with self._target_folder(upload.path) as folder:
+            is_new = self._name_part(path, fd, folder, name)
+            if is_new is None:
+                return None
+            self.disk.flush_folder(folder)
+        final = os.path.join(self.upload_dir, *upload.path.split("/"))
+        name_and_size = (upload.path, name, upload.size)
+        who = (upload.owner, upload.identifier)
+        done = Done(f"{upload.key}-{secrets.token_hex(8)}", final, *name_and_size, *who, {})
+        return Progress(upload.size, upload.size, done, is_new)
+
+    def _name_part(
+        self, path: str, fd: int, folder: Folder, name: str
+    ) -> Optional[bool]:
+        """Return True when the name was given, False when it had these very bytes."""
+        existing = None
+        if self._on_conflict == "replace":
+            existing = self.disk.named(folder, name)
+        if existing is None or not self._same_file(fd, folder, name, existing):
+            try:
+                self._give_name(path, folder, name)
+                return True
+            except FileExistsError:
+                existing = self.disk.named(folder, name)
+        if existing and self._same_file(fd, folder, name, existing):
+            return False
+        if self._on_conflict == "refuse":
+            raise _taken(name)
+        return None
+
+    def _is_intact(self, ledger: _Ledger) -> bool:
+        """Return whether the finished file is still there as it was published."""
+        finished = ledger.finished
+        if finished is None:
+            return False
+        status = self.disk.stat_path(os.path.join(self.upload_dir, finished.path))
+        if status is None:
+            return False
+        now = (status.st_size, status.st_ino, status.st_mtime_ns)
+        return now == (finished.size, finished.inode, finished.modified)
+
+    def _announce_done(self, ledger: _Ledger) -> None:
+        """Call on_complete outside of all locks, and note that it has returned."""
+        if self._announce is None:
+            return
+        self._announce(self._done(ledger))
+        with self._locked(ledger):
+            if not ledger.is_dead and ledger.finished:
+                self._append(ledger, _ledger_line("announced"))
+
+    # Cleaning
+
+    def _forget(self, ledger: _Ledger) -> None:
+        """Drop the upload; an empty ledger is none, so this needs no space on the disk."""
+        if not ledger.finished:
+            self.open_uploads = max(0, self.open_uploads - 1)
+        self.disk.truncate(ledger.fd, 0)
+        self.disk.unlink(self._data_path(ledger))
+        self.disk.unlink(self._path(ledger.key + ".ledger"))
+        ledger.is_dead = True
+
+    def _sweep_upload(
+        self, key: str, datas: Sequence[str], stale_after: float, keep_receipts: float
+    ) -> bool:
+        """Bring one upload in order; return whether it goes on."""
+        ledger = self._acquire(key, False)
+        if ledger is None:
+            self._unlink_all(datas)
+            return False
+        is_new = False
+        try:
+            with self._locked(ledger):
+                if not ledger.is_dead:
+                    current = os.path.basename(self._data_path(ledger))
+                    self._unlink_all([name for name in datas if name != current])
+                    is_new = self._sweep_ledger(ledger, stale_after, keep_receipts)
+                goes_on = not ledger.is_dead and not ledger.finished
+            if is_new:
+                self._announce_done(ledger)
+            return goes_on
+        finally:
+            self._release(ledger)
+
+    def _sweep_ledger(
+        self, ledger: _Ledger, stale_after: float, keep_receipts: float
+    ) -> bool:
+        """Do what a ledger needs; return whether its end must be announced."""
+        age = self._clock() - self.disk.stat(ledger.fd).st_mtime
+        if ledger.finished:
+            self.disk.unlink(self._data_path(ledger))
+            if not ledger.is_announced and self._announce:
+                return not self._is_alive(ledger.finished.token)
+            if age > keep_receipts:
+                self._forget(ledger)
+            return False
+        if ledger.generation and ledger.is_complete:
+            self._finish(ledger, {})
+            return True
+        if (
+            not ledger.generation
+            or self._has_lost_data(ledger)
+            or self._is_stale(ledger, age, stale_after)
+        ):
+            self._forget(ledger)
+        return False
+
+    def _has_lost_data(self, ledger: _Ledger) -> bool:
+        """Whether recorded bytes are missing: a power cut with sync off."""
+        status = self.disk.stat_path(self._data_path(ledger))
+        recorded = max((end for _, end, _ in ledger.ranges), default=0)
+        return recorded > (status.st_size if status else 0)
+
+    def _is_stale(self, ledger: _Ledger, age: float, stale_after: float) -> bool:
+        if age <= stale_after or ledger.users > 1:
+            return False
+        status = self.disk.stat_path(self._data_path(ledger))
+        if status is None:
+            return True
+        # Whoever writes in place holds the lock, in whatever process.
+        is_free = ledger.is_home or self._make_home(ledger)
+        self._leave_home(ledger)
+        return is_free and self._clock() - status.st_mtime > stale_after
+
+    def _unlink_all(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.disk.unlink(self._path(name))
+
+
+def _sender_hash(sender: str) -> str:
+    """Return what stands in ledgers for a sender: addresses are not kept."""
+    return hashlib.sha256(sender.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _first_difference(mine: bytes, theirs: bytes) -> int:
+    for index, (a, b) in enumerate(zip(mine, theirs)):
+        if a != b:
+            return index
+    return min(len(mine), len(theirs))
+
+
+def _no_folder(word: str) -> Conflict:
+    return Conflict(f"{printable(word)} is not a folder on the server.")
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(f"There is a file {printable(name)} already.")
+
+
+class Receiving:
+    """One body on its way into the store; write() in order, commit() once, close()."""
+
+    def __init__(
+        self, store: Store, upload: Upload, start: int, end: int, sender: str
+    ) -> None:
+        self.store = store
+        self.upload = upload
+        self.start = start
+        self.end = end
+        self.sender = sender
+        self._way = self._find_way()
+
+    def __enter__(self) -> Receiving:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _find_way(self) -> _Way:
+        """Choose how the bytes get where they belong."""
+        is_whole = self.end - self.start == self.upload.size
+        with self.store._entered(self.upload, None if is_whole else self.sender) as ledger:
+            if ledger is None:
+                self._refuse_taken(is_whole)
+                return _Aside(self, None)
+            if ledger.finished and self.store._is_intact(ledger):
+                return _Repeated(self, ledger)
+            if ledger.finished:
+                self._begin_afresh(ledger, ())
+            elif not ledger.ranges.total and not ledger.is_complete:
+                self._refuse_or_forget(ledger)
+            if _InPlace.is_possible(self, ledger):
+                return _InPlace(self, ledger)
+            return _Aside(self, ledger)
+
+    def _refuse_or_forget(self, ledger: _Ledger) -> None:
+        try:
+            self._refuse_taken(False)
+        except Conflict:
+            if not ledger.attempts:
+                self.store._forget(ledger)
+            raise
+
+    def _refuse_taken(self, is_whole: bool) -> None:
+        """Say what can be said before the bytes have travelled.
+
+        A whole file of the size of the one that has its name may be the same again.
+        """
+        disk, path = self.store.disk, self.store.upload_dir
+        for word in self.upload.path.split("/")[:-1]:
+            path = os.path.join(path, word)
+            status = disk.stat_path(path)
+            if status and not stat.S_ISDIR(status.st_mode):
+                raise _no_folder(word)
+        if self.store._on_conflict == "refuse":
+            name = self.upload.path.rpartition("/")[2]
+            status = disk.stat_path(os.path.join(path, name))
+            if status and not (is_whole and status.st_size == self.upload.size):
+                raise _taken(name)
+
+    def _begin_afresh(
+        self, ledger: _Ledger, ranges: Sequence[Tuple[int, int, str]]
+    ) -> None:
+        """Open a new upload in the ledger of a finished one, with `ranges` of its file."""
+        store, generation = self.store, secrets.token_hex(8)
+        path = store._path(f"{ledger.key}-{generation}.data")
+        fd = store.disk.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            for start, end, _ in ranges:
+                for low in range(start, end, BLOCK_SIZE):
+                    block = store.disk.read(
+                        store._data(ledger), min(BLOCK_SIZE, end - low), low
+                    )
+                    store.disk.write(fd, block, low)
+            store.disk.flush(fd)
+            store._open_upload(ledger, self.upload, self.sender, ranges, generation)
+        except OSError:
+            store.disk.close(fd)
+            store.disk.unlink(path)
+            raise
+        store._exchange_data(ledger, fd)
+        store.open_uploads += 1
+
+    def write(self, block: Union[bytes, memoryview]) -> None:
+        """Take the next bytes.
+
+        Raises Conflict when other bytes are recorded there, Trouble, or Malformed when
+        there are more than [start, end).
+        """
+        view = memoryview(block)
+        if self._way.position + len(view) > self.end:
+            raise Malformed(
+                f"The chunk has more bytes than the {self.end - self.start} that its"
+                " parameters say."
+            )
+        with _explained():
+            if not self._way.write(view):
+                self._change_way()
+                self.write(view)
+
+    def _change_way(self) -> None:
+        """The bytes differ from the finished file: they belong to a new upload.
+
+        It begins with what this sender was told is stored, copied from the file.
+        """
+        old = self._way
+        assert isinstance(old, _Repeated)
+        ledger, store = old.ledger, self.store
+        with store._locked(ledger):
+            if ledger.generation == old.generation and not ledger.is_dead:
+                self._begin_afresh(ledger, self._noted(ledger))
+        self._way = self._find_way()
+        for low in range(self.start, old.position, BLOCK_SIZE):
+            size = min(BLOCK_SIZE, old.position - low)
+            self.write(store.disk.read(old.fd, size, low))
+        old.close()
+
+    def _noted(self, ledger: _Ledger) -> List[Tuple[int, int, str]]:
+        """Return the ranges that this sender sent again lately, except for this body's."""
+        mine = [note for note in ledger.notes if note[2] == self.sender]
+        noted, limit = Ranges(), self.store._clock() - _NOTE_SECONDS
+        for low, high, sender, when in mine:
+            if low < self.end and self.start < high:
+                if when < limit:  # an older sending, maybe of another version
+                    return []
+                continue
+            noted.add(low, high, sender)
+        return list(noted)
+
+    def commit(self, fields: Optional[Mapping[str, str]] = None) -> Progress:
+        """Record the bytes; raises Truncated, Conflict or Trouble, and then did nothing.
+
+        When it returns, they survive a power cut (with sync).
+        """
+        if self._way.position != self.end:
+            raise Truncated(
+                f"The chunk has {self._way.position - self.start} bytes, but its"
+                f" parameters say {self.end - self.start}."
+            )
+        with _explained():
+            return self._way.commit(fields or {})
+
+    def close(self) -> None:
+        """Let go; without a commit() nothing of it is left."""
+        self._way.close()
+
+
+class _Way:
+    """How the bytes of one body get where they belong."""
+
+    def __init__(self, body: Receiving, ledger: Optional[_Ledger]) -> None:
+        self.body = body
+        self.store = body.store
+        self.disk = body.store.disk
+        self.ledger_or_none = ledger
+        self.position = body.start
+        self.generation = ledger.generation if ledger else ""
+        if ledger:
+            self.store._keep(ledger)
+
+    @property
+    def ledger(self) -> _Ledger:
+        assert self.ledger_or_none is not None
+        return self.ledger_or_none
+
+    def write(self, block: memoryview) -> bool:
+        """Take a block; False when another way must be found for it."""
+        raise NotImplementedError
+
+    def commit(self, fields: Mapping[str, str]) -> Progress:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        if self.ledger_or_none is not None:
+            self.store._release(self.ledger_or_none)
+            self.ledger_or_none = None
+
+    def require_alive(self) -> None:
+        """Raise Conflict when the upload was cancelled or begun anew meanwhile."""
+        if self.ledger.is_dead or self.ledger.generation != self.generation:
+            raise _cancelled()
+
+    def announce(self, ledger: _Ledger, progress: Progress) -> Progress:
+        """Make a commit durable and known; to be called without the lock."""
+        self.store._flush_ledger(ledger)
+        if progress.is_new:
+            self.store._announce_done(ledger)
+        return progress
+
+
+class _InPlace(_Way):
+    """Straight into the data file: what is missing is written, the rest compared."""
+
+    def __init__(self, body: Receiving, ledger: _Ledger) -> None:
+        super().__init__(body, ledger)
+        self.claims = ledger.ranges.gaps(body.start, body.end)
+        self.is_broken = False  # a flush failed that covered bytes of ours
+        self.is_overtaken = False  # others were recorded where ours had been written
+        if self.claims:
+            ledger.attempts.append(self)
+
+    @staticmethod
+    def is_possible(body: Receiving, ledger: _Ledger) -> bool:
+        """Whether nobody else is writing what is missing of the range."""
+        gaps = ledger.ranges.gaps(body.start, body.end)
+        rivals = [o for o in ledger.attempts if o.generation == ledger.generation]
+        taken = [claim for rival in rivals for claim in rival.claims]
+        if any(a < d and c < b for a, b in gaps for c, d in taken):
+            return False
+        return not gaps or body.store._make_home(ledger)
+
+    def overtaken(self, start: int, end: int, same: int) -> None:
+        """Others recorded [start, end); up to `same` the bytes there were equal."""
+        end = min(end, self.position)
+        for low, high in self.claims:
+            if max(low, start) < min(high, end) and min(high, end) > same:
+                self.is_overtaken = True
+
+    def write(self, block: memoryview) -> bool:
+        start, end = self.position, self.position + len(block)
+        gaps: List[Tuple[int, int]] = []
+        if self.claims:
+            with self.store._locked(self.ledger):
+                self.require_alive()
+                gaps = self.ledger.ranges.gaps(start, end)
+                for low, high in gaps:
+                    data = self.store._data(self.ledger)
+                    self.disk.write(data, block[low - start:high - start], low)
+                    self.ledger.writes += 1
+                self.position = end
+        recorded = start
+        for low, high in gaps + [(end, end)]:
+            self._compare(block[recorded - start:low - start], recorded)
+            recorded = high
+        self.position = end
+        return True
+
+    def _compare(self, block: memoryview, offset: int) -> None:
+        """Hold bytes against recorded ones; raises Conflict when they differ."""
+        if not block:
+            return
+        with self.ledger.mutex:
+            if self.store._is_equal(self.store._data(self.ledger), block, offset):
+                return
+        self._refuse(offset, offset + len(block))
+
+    def _refuse(self, start: int, end: int) -> None:
+        """Two versions under one identifier: neither is mixed with the other.
+
+        If this sender sent the recorded ones, before this body began, they are
+        forgotten, so that the next try starts afresh.
+        """
+        with self.store._locked(self.ledger):
+            self.require_alive()
+            late = any(a < end and start < b for a, b in self.claims)
+            found = self.ledger.ranges.within(start, end)
+            is_mine = {word for _, _, word in found} == {self.body.sender}
+            if is_mine and not late and not self.ledger.finished:
+                self.store._forget(self.ledger)
+        raise _different()
+
+    def commit(self, fields: Mapping[str, str]) -> Progress:
+        ledger = self.ledger
+        if self.claims:
+            self.store._flush_data(ledger)
+        with self.store._locked(ledger):
+            self.require_alive()
+            if self.is_broken:
+                raise Trouble("The disk could not store the chunk; please try again.")
+            if self.is_overtaken:
+                raise _different()
+            gaps = [gap for claim in self.claims for gap in ledger.ranges.gaps(*claim)]
+            self._drop_claims()
+            lines = [_ledger_line("range", a, b, b, self.body.sender) for a, b in gaps]
+            if lines:
+                self.store._append(ledger, b"".join(lines))
+            progress = self.store._settle(ledger, fields)
+        return self.announce(ledger, progress)
+
+    def _drop_claims(self) -> None:
+        self.claims = []
+        if self in self.ledger.attempts:
+            self.ledger.attempts.remove(self)
+            self.store._leave_home(self.ledger)
+
+    def close(self) -> None:
+        if self.ledger_or_none is not None:
+            with self.ledger.mutex:
+                self._drop_claims()
+        super().close()
+
+
+class _Aside(_Way):
+    """Into a private file first: a whole file, or a second attempt at a range."""
+
+    def __init__(self, body: Receiving, ledger: Optional[_Ledger]) -> None:
+        super().__init__(body, ledger)
+        self.path, self.fd = self.store._new_part()
+
+    def write(self, block: memoryview) -> bool:
+        self.disk.write(self.fd, block, self.position - self.body.start)
+        self.position += len(block)
+        return True
+
+    def commit(self, fields: Mapping[str, str]) -> Progress:
+        upload, store = self.body.upload, self.store
+        is_whole = self.body.end - self.body.start == upload.size
+        if is_whole:
+            self.disk.flush(self.fd)
+        if self.ledger_or_none is None:
+            progress = self._publish_at_once(upload)
+            if progress:
+                return progress
+        opener = None if self.ledger_or_none else self.body.sender
+        with store._entered(upload, opener) as ledger:
+            ledger = self._require_same(ledger)
+            self._record(ledger, is_whole)
+            progress = store._settle(ledger, fields)
+            store._keep(ledger)
+        try:
+            return self.announce(ledger, progress)
+        finally:
+            store._release(ledger)
+
+    def _publish_at_once(self, upload: Upload) -> Optional[Progress]:
+        store = self.store
+        if store._announce:  # needs a receipt, so that no crash leaves it unannounced
+            return None
+        if self.disk.stat_path(store._path(upload.key + ".ledger")):
+            return None
+        return store._publish_part(upload, self.path, self.fd)
+
+    def _require_same(self, ledger: Optional[_Ledger]) -> _Ledger:
+        """Return the ledger if it is what this body began with; else raise Conflict."""
+        mine = self.ledger_or_none
+        if ledger and (not mine or ledger.generation == self.generation):
+            return ledger
+        raise _cancelled()
+
+    def _record(self, ledger: _Ledger, is_whole: bool) -> None:
+        """Bring the bytes into the upload; under the lock."""
+        body, store = self.body, self.store
+        start, end = body.start, body.end
+        if ledger.finished and is_whole and self._is_other(ledger):
+            body._begin_afresh(ledger, ())
+        for low, high, _ in ledger.ranges.within(start, end):
+            if not self._equals(ledger, low, high):
+                raise _different()
+        gaps = ledger.ranges.gaps(start, end)
+        if is_whole and not ledger.ranges.total and not ledger.finished:
+            self._adopt(ledger)
+            same = [start]
+        else:
+            same = [store._merge(ledger, self.fd, start, gap) for gap in gaps]
+            if gaps:
+                store._flush_data(ledger)
+        lines = [
+            _ledger_line("range", a, b, upto, body.sender)
+            for (a, b), upto in zip(gaps, same)
+        ]
+        if lines:
+            store._append(ledger, b"".join(lines))
+
+    def _is_other(self, ledger: _Ledger) -> bool:
+        """Whether this whole file is not the one that was finished."""
+        if not self.store._is_intact(ledger):
+            return True
+        return not self._equals(ledger, self.body.start, self.body.end)
+
+    def _adopt(self, ledger: _Ledger) -> None:
+        """Make the private file the data file: it has every byte."""
+        self.store._exchange_data(ledger, None)
+        self.disk.rename(self.path, self.store._data_path(ledger))
+
+    def _equals(self, ledger: _Ledger, start: int, end: int) -> bool:
+        data = self.store._data(ledger)
+        at = start - self.body.start
+        return self.store._files_equal(data, self.fd, start, end, at)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self.disk.close(self.fd)
+            self.disk.unlink(self.path)
+            self.fd = -1
+        super().close()
+
+
+class _Repeated(_Way):
+    """Compared with the file that is finished already; the old answer, or a new upload."""
+
+    def __init__(self, body: Receiving, ledger: _Ledger) -> None:
+        super().__init__(body, ledger)
+        finished = ledger.finished
+        assert finished is not None
+        path = os.path.join(self.store.upload_dir, finished.path)
+        self.fd = self.disk.open(path, os.O_RDONLY)
+
+    def write(self, block: memoryview) -> bool:
+        if not self.store._is_equal(self.fd, block, self.position):
+            return False
+        self.position += len(block)
+        return True
+
+    def commit(self, fields: Mapping[str, str]) -> Progress:
+        ledger, store = self.ledger, self.store
+        with store._locked(ledger):
+            self.require_alive()
+            self._note(ledger)
+            progress = store._settle(ledger, fields)
+            due = store._announce is not None and not ledger.is_announced
+            assert ledger.finished is not None
+            due = due and not store._is_alive(ledger.finished.token)
+        return self.announce(ledger, progress._replace(is_new=due))
+
+    def _note(self, ledger: _Ledger) -> None:
+        """Write down that these bytes came again and were equal.
+
+        Notes start afresh when they cover the file or when one comes again after two
+        minutes: then the client sends the file once more, and may have changed it.
+        """
+        start, end, sender = self.body.start, self.body.end, self.body.sender
+        now = self.store._clock()
+        mine = [note for note in ledger.notes if note[2] == sender]
+        noted = Ranges()
+        for low, high, _, _ in mine:
+            noted.add(low, high, sender)
+        again = any(
+            low < end and start < high and now - when > _NOTE_SECONDS
+            for low, high, _, when in mine
+        )
+        afresh = again or noted.total == ledger.upload.size
+        line = _ledger_line("note", start, end, sender, now, afresh)
+        self.store._append(ledger, line)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self.disk.close(self.fd)
+            self.fd = -1
+        super().close()
+
+
+def _cancelled() -> Conflict:
+    return Conflict("This upload was cancelled while the chunk was under way.")
+
+
+def _different() -> Conflict:
+    return Conflict(
+        "Other bytes are stored under this identifier: two versions of a file, or two"
+        " files, would be mixed."
+    )
+
+
+# ---- page ----------------------------------------------------------------------------
+# Law: one string, complete in itself: no other file, no other host, nothing inline that
+# the policy would have to allow, and every name from outside is shown as text.
+
+
+def page(settings: Mapping[str, object], nonce: str) -> str:
+    """Return the upload page with its settings, for a policy with this nonce."""
+    text = json.dumps(settings).replace("<", "\\u003c")
+    return PAGE.replace("__NONCE__", nonce).replace("__SETTINGS__", text)
+
+
+PAGE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>flowserver</title>
+<script type="application/json" id="settings" nonce="__NONCE__">__SETTINGS__</script>
+<h1>Upload</h1><input type="file" multiple><p id="state"></p>
+</html>"""
+
+
+# ---- application ---------------------------------------------------------------------
+# Law: the whole product without a socket.  A Request comes in, a Response goes out, and
+# whatever happens in between becomes a status that this client obeys and one sentence.
+
+_CHUNK_METHODS = ("POST", "PUT", "PATCH")
+_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+_MAX_FIELD_SIZE = 64 * 1024  # all text fields of a form together, in bytes
+_MAX_FIELDS = 200
+_MULTIPART_ALLOWANCE = 256 * 1024  # what a form may have beside the chunk, in bytes
+_FIGURE_SECONDS = 10
+_ALLOWED_HEADERS = (
+    "content-type, x-requested-with, cache-control, accept, authorization, x-mime-type,"
+    " content-range, content-disposition, upload-length, upload-offset, upload-name"
+)
+_SAMPLE_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".json": "application/json",
+    ".map": "application/json",
+    ".txt": "text/plain; charset=utf-8",
+    ".md": "text/plain; charset=utf-8",
+    ".png": "image/png",
+    ".ico": "image/x-icon",
+}
+_LOOPBACK_NAME = re.compile(
+    r"localhost|([a-z0-9-]+\.)*localhost|127(\.[0-9]{1,3}){3}|\[::1\]", re.IGNORECASE
+)
+
+
+class Request(NamedTuple):
+    """One request; header names are in lower case, `length` is -1 when unknown.
+
+    `read(n)` returns up to n bytes of the body, b"" at its end.  A server that has its
+    own buffer gives `fill` instead: it returns the buffer and how many bytes count.
+    """
+
+    method: str
+    path: str
+    query: str = ""
+    headers: Mapping[str, str] = {}
+    length: int = 0
+    read: Optional[Callable[[int], bytes]] = None
+    client: str = ""  # the address of whoever is connected
+    scheme: str = "http"
+    is_loopback: bool = False  # the server can be reached from this machine only
+    fill: Optional[Callable[[], Tuple[Union[bytes, bytearray], int]]] = None
+
+
+class Response(NamedTuple):
+    """One answer, complete; a body for HEAD is left out by whoever sends it."""
+
+    status: int
+    headers: Tuple[Tuple[str, str], ...]
+    body: bytes
+
+
+def _mismatch(what: str, actual: int, said: int) -> Malformed:
+    return Malformed(f"The {what} has {actual} bytes, but its parameters say {said}.")
+
+
+def _json(status: int, values: Mapping[str, object]) -> Response:
+    body = json.dumps(values, separators=(",", ":")).encode()
+    return Response(status, _JSON_HEADERS, body)
+
+
+_JSON_HEADERS = (
+    ("Content-Type", "application/json"),
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+)
+
+
+def parse_query(text: str) -> Dict[str, str]:
+    """Return the parameters of a query string; raises Malformed.
+
+    ";" separates nothing, and a name given twice must have one value.
+    """
+    parameters: Dict[str, str] = {}
+    pairs = text.split("&") if text else []
+    if len(pairs) > _MAX_FIELDS:
+        raise Malformed("The address has too many parameters.")
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            add_parameter(parameters, _unquoted(name), _unquoted(value))
+        except UnicodeDecodeError as error:
+            raise Malformed("The address is not UTF-8.") from error
+    return parameters
+
+
+def _unquoted(text: str) -> str:
+    return urllib.parse.unquote_plus(text, errors="strict")
+
+
+def add_parameter(parameters: Dict[str, str], name: str, value: str) -> None:
+    """Set a parameter; raises Malformed when it has another value already."""
+    if parameters.setdefault(name, value) != value:
+        raise Malformed(f"The parameter {printable(name[:80])} has two values.")
+
+
+class UploadApp:
+    """Takes uploads: ``handle(Request) -> Response``, or as a WSGI application.
+
+    `on_complete(done)` is called when a file is in place, before the answer;
+    `authorize(request)` returns a sentence to refuse the request with, or nothing;
+    `owner(request)` returns whose upload it is; `place(upload)` returns the path below
+    upload_dir under which the file of a new upload is to be stored.
+    """
+
+    def __init__(
+        self,
+        settings: Optional[Settings] = None,
+        on_complete: Optional[Callable[[Done], object]] = None,
+        authorize: Optional[Callable[[Request], Optional[str]]] = None,
+        owner: Optional[Callable[[Request], str]] = None,
+        store: Optional[Store] = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings or Settings()
+        self.log = logging.getLogger("flowserver")
+        self._on_complete = on_complete
+        self._authorize = authorize
+        self._owner = owner
+        self._clock = clock
+        self._free_space = (0, -1e9)  # bytes, and when they were counted
+        self.store = store or Store(
+            self.settings.upload_dir,
+            self.settings.temp_dir,
+            self.settings.on_conflict,
+            Disk(self.settings.sync),
+            self._completed if on_complete else None,
+        )
+        for warning in self.store.warnings:
+            self.log.warning("%s", warning)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Finish what a crash left and remove what is stale; for now and then."""
+        self.store.sweep(self.settings.stale_after, self.settings.keep_receipts)
+
+    def close(self) -> None:
+        """Give back what is kept open."""
+        self.store.close()
+
+    # The way of a request
+
+    def handle(self, request: Request) -> Response:
+        """Answer a request; the outermost door: nothing is raised."""
+        started = self._clock()
+        try:
+            response = self._answer(request)
+        except FlowError as error:
+            response = self._refusal(error, None)
+        except Exception:
+            self.log.exception("this is a bug of flowserver's, please report it")
+            response = self._refusal(Trouble("The server made a mistake."), None)
+        self._log_request(request, response, self._clock() - started)
+        return response
+
+    def _answer(self, request: Request) -> Response:
+        self._check_host(request)
+        if request.path == self.settings.upload_path:
+            return self._with_cors(request, self._upload_endpoint(request))
+        if request.method not in ("GET", "HEAD"):
+            raise BadMethod(f"There is nothing to {printable(request.method)} here.")
+        self._check_authorized(request)
+        if request.path == "/":
+            return self._page()
+        if request.path == "/health":
+            return self._health()
+        if request.path.startswith("/sample/") and self.settings.sample_dir:
+            return self._sample(request.path[len("/sample/"):])
+        raise Missing("There is nothing at this address.")
+
+    def _refusal(self, error: FlowError, dialect: Optional[Dialect]) -> Response:
+        status = status_of(error, dialect)
+        if error.__cause__ is not None:
+            self.log.warning("%s (%s)", error, printable(str(error.__cause__)))
+        values = {"success": False, "error": str(error)}
+        if status < 500:
+            values["preventRetry"] = True  # Fine Uploader
+        response = _json(status, values)
+        if status == 503:
+            return response._replace(headers=response.headers + (("Retry-After", "5"),))
+        if isinstance(error, Unauthorized):
+            realm = ("WWW-Authenticate", 'Basic realm="flowserver", charset="UTF-8"')
+            return response._replace(headers=response.headers + (realm,))
+        if isinstance(error, BadMethod):
+            return response._replace(headers=response.headers + (("Allow", _METHODS),))
+        return response
+
+    def _log_request(self, request: Request, response: Response, seconds: float) -> None:
+        if self.log.isEnabledFor(logging.INFO):
+            self.log.info(
+                "%s %s %s %d %d bytes %.3f s",
+                request.client or "-",
+                request.method,
+                printable(request.path)[1:-1],
+                response.status,
+                max(request.length, 0),
+                seconds,
+            )
+
+    # Who may do what
+
+    def _check_host(self, request: Request) -> None:
+        host = _host_name(request.headers.get("host", ""))
+        if self.settings.allow_hosts:
+            allowed = [name.lower() for name in self.settings.allow_hosts]
+            is_allowed = host.lower() in allowed
+        else:
+            is_allowed = not request.is_loopback or not host
+            is_allowed = is_allowed or bool(_LOOPBACK_NAME.fullmatch(host))
+        if not is_allowed:
+            raise Forbidden(
+                f"This server is not known as {printable(host)}; the setting allow_hosts"
+                " names those that it answers to."
+            )
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuse what a page of another site makes a visitor's browser send."""
+        origin = request.headers.get("origin", "")
+        if not origin or self._is_own_origin(request, origin):
+            return
+        if origin not in self.settings.allow_origins:
+            raise Forbidden(
+                f"Pages of {printable(origin)} may not upload here; the setting"
+                " allow_origins names those that may."
+            )
+
+    def _is_own_origin(self, request: Request, origin: str) -> bool:
+        return origin == f"{request.scheme}://{request.headers.get('host', '')}"
+
+    def _check_authorized(self, request: Request) -> None:
+        refusal = self._authorize(request) if self._authorize else None
+        if refusal:
+            raise Forbidden(refusal)
+
+    def _with_cors(self, request: Request, response: Response) -> Response:
+        origin = request.headers.get("origin", "")
+        if origin not in self.settings.allow_origins:
+            return response
+        headers = response.headers + (
+            ("Access-Control-Allow-Origin", origin),
+            ("Access-Control-Allow-Credentials", "true"),
+            ("Vary", "Origin"),
+        )
+        return response._replace(headers=headers)
+
+    def _preflight(self, request: Request) -> Response:
+        """Answer what a browser asks before a page of another origin may upload."""
+        asked = request.headers.get("access-control-request-headers", "")
+        if not re.fullmatch(r"[0-9A-Za-z, _-]*", asked):
+            asked = ""
+        allowed = ", ".join(filter(None, (_ALLOWED_HEADERS, asked)))
+        headers = (
+            ("Allow", _METHODS),
+            ("Access-Control-Allow-Methods", _METHODS),
+            ("Access-Control-Allow-Headers", allowed),
+            ("Access-Control-Max-Age", "7200"),
+        )
+        return Response(204, headers, b"")
+
+    # The upload address
+
+    def _upload_endpoint(self, request: Request) -> Response:
+        """Answer at upload_path; what is refused is refused in the client's dialect."""
+        if request.method == "OPTIONS":
+            return self._preflight(request)
+        form = _Form(request, self.settings.parameter_prefix)
+        try:
+            form.read_query()
+            self._check_authorized(request)
+            if request.method in ("GET", "HEAD"):
+                return self._test(request, form)
+            self._check_origin(request)
+            if request.method == "DELETE":
+                return self._delete(request, form)
+            if request.method not in _CHUNK_METHODS:
+                raise BadMethod("Chunks are sent with POST, PUT or PATCH.")
+            return self._store_chunk(request, form)
+        except FlowError as error:
+            form.recognise()
+            return self._refusal(error, form.dialect)
+
+    def _test(self, request: Request, form: _Form) -> Response:
+        """Is this chunk, or what of this upload, here?  Changes nothing."""
+        if form.dialect is None:
+            return Response(204, _JSON_HEADERS[1:], b"")
+        chunk = parse_chunk(form.dialect, form.parameters)
+        upload, sender = self._upload_of(request, chunk)
+        if chunk.length < 0:
+            return self._status(upload, sender)
+        end = chunk.start + chunk.length
+        if not self.store.has(upload, chunk.start, end, sender):
+            return Response(204, _JSON_HEADERS[1:], b"")
+        return _json(200, {"success": True, "status": "partial", "size": upload.size})
+
+    def _status(self, upload: Upload, sender: str) -> Response:
+        ranges, done = self.store.status(upload, sender)
+        if done:
+            answer = self._complete(done)
+            answer["ranges"] = [[0, upload.size]]
+            return _json(200, answer)
+        status = "partial" if ranges else "unknown"
+        answer = {"success": True, "status": status, "size": upload.size}
+        answer["ranges"] = ranges
+        return _json(200, answer)
+
+    def _delete(self, request: Request, form: _Form) -> Response:
+        if form.dialect is None:
+            raise Malformed("The upload to cancel is not named.")
+        upload, sender = self._upload_of(request, parse_chunk(form.dialect, form.parameters))
+        if self.store.forget(upload, sender):
+            self.log.info("%s cancelled %s", request.client, printable(upload.path))
+        return Response(204, _JSON_HEADERS[1:], b"")
+
+    def _store_chunk(self, request: Request, form: _Form) -> Response:
+        started = self._clock()
+        self._check_length(request)
+        chunk, blocks = form.open_chunk()
+        self._check_size(chunk)
+        if not 0 <= request.length - chunk.length <= _MULTIPART_ALLOWANCE:
+            raise _mismatch("body", request.length, chunk.length)
+        upload, sender = self._upload_of(request, chunk)
+        self._check_room(upload)
+        end, received = chunk.start + chunk.length, 0
+        with self.store.receive(upload, chunk.start, end, sender) as body:
+            for block in blocks:
+                received += len(block)
+                if received <= chunk.length:
+                    body.write(block)
+            if received != chunk.length:
+                raise _mismatch("chunk", received, chunk.length)
+            progress = body.commit(form.other_fields())
+        if progress.done is None:
+            values = {"success": True, "status": "partial", "received": progress.received}
+            return _json(200, dict(values, size=progress.size))
+        if progress.is_new:
+            self._log_done(request, progress.done, self._clock() - started)
+        return _json(200, self._complete(progress.done))
+
+    def _complete(self, done: Done) -> Dict[str, object]:
+        values: Dict[str, object] = {"success": True, "status": "complete"}
+        values.update(filename=done.filename, path=done.relative_path, size=done.size)
+        return values
+
+    def _log_done(self, request: Request, done: Done, seconds: float) -> None:
+        rate = done.size / max(seconds, 1e-6) / (1 << 20)
+        self.log.info(
+            "%s finished %s, %d bytes, last chunk in %.3f s, %.1f MiB/s",
+            request.client or "-",
+            printable(done.relative_path),
+            done.size,
+            seconds,
+            rate,
+        )
+
+    def _completed(self, done: Done) -> None:
+        """Call on_complete; a mistake in it does not undo the file."""
+        assert self._on_complete is not None
+        try:
+            self._on_complete(done)
+        except Exception:
+            name = printable(done.relative_path)
+            self.log.exception("on_complete failed for %s; the file stays", name)
+
+    def _upload_of(self, request: Request, chunk: Chunk) -> Tuple[Upload, str]:
+        """Return the upload that a chunk belongs to, and who sends it."""
+        owner = self._owner(request) if self._owner else ""
+        key = upload_key(owner, chunk.identifier, chunk.relative_path, chunk.size)
+        path = safe_path(chunk.relative_path)
+        upload = Upload(
+            key, path, chunk.size, owner, chunk.identifier, chunk.relative_path
+        )
+        if owner:
+            return upload, "owner " + owner
+        return upload, "secret" if chunk.is_secret else "address " + request.client
+
+    # Limits
+
+    def _check_length(self, request: Request) -> None:
+        """Refuse by the head alone what is too long, before a byte has travelled."""
+        limit = self.settings.max_chunk_size
+        if limit and request.length > limit + _MULTIPART_ALLOWANCE:
+            raise TooLarge(
+                f"The chunk has about {request.length} bytes; this server takes at most"
+                f" {limit} at a time (max_chunk_size)."
+            )
+
+    def _check_size(self, chunk: Chunk) -> None:
+        if chunk.length < 0:
+            raise Malformed("The number of the chunk is missing.")
+        limits = (
+            ("chunk", chunk.length, self.settings.max_chunk_size, "max_chunk_size"),
+            ("file", chunk.size, self.settings.max_file_size, "max_file_size"),
+        )
+        for what, size, limit, name in limits:
+            if limit and size > limit:
+                raise TooLarge(
+                    f"The {what} has {size} bytes; this server takes at most {limit}"
+                    f" ({name})."
+                )
+
+    def _check_room(self, upload: Upload) -> None:
+        """Refuse a new upload that the disk or the limits have no room for."""
+        most = self.settings.max_uploads
+        if most and self.store.open_uploads >= most and not self.store.knows(upload):
+            raise TooLarge(
+                f"The server has {most} unfinished uploads already (max_uploads)."
+            )
+        floor = self.settings.min_free_space
+        if floor and self._free() - upload.size < floor and not self.store.knows(upload):
+            raise TooLarge(
+                f"The disk has no room for {upload.size} bytes at the moment."
+            )
+
+    def _free(self) -> int:
+        """Return the free bytes of the disk, from a figure that is at most 10 s old."""
+        free, counted = self._free_space
+        if self._clock() - counted > _FIGURE_SECONDS:
+            with contextlib.suppress(OSError):
+                free = self.store.disk.free_space(self.store.upload_dir)
+                self._free_space = (free, self._clock())
+        return free
+
+    # The other addresses
+
+    def _page(self) -> Response:
+        nonce = secrets.token_urlsafe(16)
+        settings = {
+            "uploadPath": self.settings.upload_path.lstrip("/"),
+            "chunkSize": self.settings.chunk_size,
+            "maxFileSize": self.settings.max_file_size,
+            "maxChunkSize": self.settings.max_chunk_size,
+            "version": __version__,
+        }
+        body = page(settings, nonce).encode()
+        policy = (
+            f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}';"
+            " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
+            " frame-ancestors 'none'"
+        )
+        return Response(200, _html_headers(policy), body)
+
+    def _health(self) -> Response:
+        return _json(
+            200,
+            {
+                "ok": True,
+                "version": __version__,
+                "free": self._free(),
+                "uploads": self.store.open_uploads,
+            },
+        )
+
+    def _sample(self, path: str) -> Response:
+        """Serve a sample file of a known type; nothing hidden, no folder but the first."""
+        folder = os.path.join(_home_folder(), self.settings.sample_dir)
+        if not path:
+            return self._sample_list(folder)
+        words = path.split("/")
+        kind = _SAMPLE_TYPES.get(os.path.splitext(path)[1].lower())
+        if kind is None or not all(map(_SAMPLE_WORD.fullmatch, words)):
+            raise Missing("There is no such sample.")
+        file = os.path.join(folder, *words)
+        if os.path.realpath(file) != os.path.join(os.path.realpath(folder), *words):
+            raise Missing("There is no such sample.")
+        try:
+            with open(file, "rb") as sample:
+                body = sample.read()
+        except OSError as error:
+            raise Missing("There is no such sample.") from error
+        return Response(200, (("Content-Type", kind),) + _PAGE_HEADERS, body)
+
+    def _sample_list(self, folder: str) -> Response:
+        with contextlib.suppress(OSError):
+            names = sorted(n for n in os.listdir(folder) if n.endswith(".html"))
+            links = (f'<li><a href="{html.escape(n)}">{html.escape(n)}</a>' for n in names)
+            body = "<!doctype html><title>Samples</title><ul>" + "".join(links) + "</ul>"
+            return Response(200, _html_headers("default-src 'none'"), body.encode())
+        raise Missing("There is no folder of samples.")
+
+    # WSGI
+
+    def __call__(
+        self, environ: Dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        """Answer as a WSGI application (PEP 3333), mounted anywhere."""
+        request = _wsgi_request(environ)
+        known = ("/", "/health", self.settings.upload_path)
+        if request.path not in known and not request.path.startswith("/sample/"):
+            request = request._replace(path=self.settings.upload_path)
+        response = self.handle(request)
+        phrase = http.HTTPStatus(response.status).phrase
+        headers = list(response.headers)
+        if response.status != 204:
+            headers.append(("Content-Length", str(len(response.body))))
+        start_response(f"{response.status} {phrase}", headers)
+        return [] if request.method == "HEAD" else [response.body]
+
+
+_SAMPLE_WORD = re.compile(r"[0-9A-Za-z@_-][0-9A-Za-z@._-]*")
+_PAGE_HEADERS = (
+    ("Cache-Control", "no-cache"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"),
+)
+
+
+def _html_headers(policy: str) -> Tuple[Tuple[str, str], ...]:
+    kind = ("Content-Type", "text/html; charset=utf-8")
+    return (kind, ("Content-Security-Policy", policy)) + _PAGE_HEADERS
+
+
+def _home_folder() -> str:
+    return os.path.dirname(os.path.abspath(__file__))
+
+
+def _host_name(host: str) -> str:
+    """Return a Host header without its port."""
+    return re.sub(r":[0-9]*$", "", host) if not host.endswith("]") else host
+
+
+def _wsgi_request(environ: Mapping[str, Any]) -> Request:
+    headers = {
+        name[5:].replace("_", "-").lower(): value
+        for name, value in environ.items()
+        if name.startswith("HTTP_")
+    }
+    headers["content-type"] = environ.get("CONTENT_TYPE") or ""
+    length = environ.get("CONTENT_LENGTH") or "0"
+    path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
+    return Request(
+        method=environ["REQUEST_METHOD"],
+        path=path or "/",
+        query=environ.get("QUERY_STRING", ""),
+        headers=headers,
+        length=int(length) if length.isascii() and length.isdigit() else -1,
+        read=environ["wsgi.input"].read,
+        client=environ.get("REMOTE_ADDR", ""),
+        scheme=environ.get("wsgi.url_scheme", "http"),
+    )
+
+
+class _Form:
+    """The parameters of one request, from its address and its body, and the file in it."""
+
+    def __init__(self, request: Request, prefix: str) -> None:
+        self.request = request
+        self.prefix = prefix
+        self.given: Dict[str, str] = {}  # as the client named them
+        self.parameters: Dict[str, str] = {}  # without the prefix
+        self.dialect: Optional[Dialect] = None
+        self._field_size = 0
+
+    def read_query(self) -> None:
+        """Take the parameters of the address, and find out whose they are."""
+        self.given = parse_query(self.request.query)
+        self.recognise()
+
+    def recognise(self) -> None:
+        """Find out whose parameters those are that are known so far."""
+        self.parameters = unprefixed(self.given, self.prefix)
+        self.dialect = recognise(self.parameters)
+
+    def open_chunk(self) -> Tuple[Chunk, Iterator[Union[bytes, memoryview]]]:
+        """Read up to the file; return what the chunk is and an iterator of its blocks.
+
+        The iterator ends when the body has been whole and well-formed to its last byte;
+        else it raises.  Its views hold until the next one is asked for.
+        """
+        boundary = boundary_of(self.request.headers.get("content-type", ""))
+        if boundary is None:
+            chunk = self._chunk()
+            if 0 <= chunk.length != self.request.length >= 0:
+                raise _mismatch("body", self.request.length, chunk.length)
+            return chunk, self._raw_blocks()
+        blocks = self._form_blocks(MultipartParser(boundary))
+        next(blocks)  # up to the beginning of the file: the fields before it are known
+        return self._chunk(), blocks
+
+    def _chunk(self) -> Chunk:
+        if self.dialect is None:
+            raise Malformed("The parameters are not those of an uploader known here.")
+        return parse_chunk(self.dialect, self.parameters)
+
+    def _wire(self) -> Iterator[Tuple[Union[bytes, bytearray], int]]:
+        """Yield the body as it comes: a buffer, and how many bytes of it count."""
+        request, left = self.request, self.request.length
+        if left < 0:
+            raise Malformed("The request does not say how long it is.")
+        while left:
+            if request.fill:
+                buffer, size = request.fill()
+            else:
+                assert request.read is not None
+                buffer = request.read(min(BLOCK_SIZE, left))
+                size = len(buffer)
+            if not size:
+                raise Truncated(f"The body ended {left} bytes before its end.")
+            left -= size
+            yield buffer, size
+
+    def _raw_blocks(self) -> Iterator[Union[bytes, memoryview]]:
+        for buffer, size in self._wire():
+            yield memoryview(buffer)[:size]
+
+    def _form_blocks(
+        self, parser: MultipartParser
+    ) -> Iterator[Union[bytes, memoryview]]:
+        """Yield b"" when the file begins, then its blocks; fields are taken on the way."""
+        name, value = "", bytearray()
+        is_file = seen_file = False
+        for buffer, size in self._wire():
+            for event in parser.feed(buffer, size):
+                if isinstance(event, Part):
+                    is_file = event.filename is not None
+                    if is_file and seen_file:
+                        raise Malformed("The form has more than one file.")
+                    name, value = event.name, bytearray()
+                    if is_file:
+                        seen_file = True
+                        self.recognise()
+                        yield b""
+                elif is_file:
+                    if event is not None:
+                        yield event
+                elif event is None:
+                    self._add_field(name, value, seen_file)
+                else:
+                    self._field_size += len(event)
+                    if self._field_size > _MAX_FIELD_SIZE:
+                        raise Malformed("The text fields of the form are too long.")
+                    value += event
+        parser.close()
+        if not seen_file:
+            raise Malformed("There is no file in the form.")
+
+    def _add_field(self, name: str, value: bytearray, is_late: bool) -> None:
+        try:
+            text = value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Malformed("A text field of the form is not UTF-8.") from error
+        known = self.dialect._asdict().values() if self.dialect else ()
+        if is_late and name not in self.given and _without(name, self.prefix) in known:
+            raise Malformed("The parameters must come before the file.")
+        add_parameter(self.given, name, text)
+
+    def other_fields(self) -> Dict[str, str]:
+        """Return what the client sent beside the parameters of its library."""
+        known = set(map(str, self.dialect)) if self.dialect else set()
+        return {
+            name: value
+            for name, value in self.given.items()
+            if _without(name, self.prefix) not in known
+        }
+
+
+def create_app(config: Optional[str] = None) -> UploadApp:
+    """Return the application that conf.ini describes, for ``gunicorn``.
+
+    Reads `config`, else what FLOWSERVER_CONFIG names, else conf.ini beside this file.
+    """
+    return UploadApp(load_settings(find_config(config), {}))
+
+
+def find_config(named: Optional[str]) -> str:
+    """Return the path of the conf.ini to read, "" when there is none."""
+    if named is not None:
+        return named
+    if os.environ.get("FLOWSERVER_CONFIG"):
+        return os.environ["FLOWSERVER_CONFIG"]
+    beside = os.path.join(_home_folder(), "conf.ini")
+    return beside if os.path.exists(beside) else ""
+
+
+# ---- HTTP server ---------------------------------------------------------------------
+# Law: a strict shell round the application.  A request is what RFC 9112 says or it is
+# refused and the connection closed; a body that was not read is never taken for the next
+# request; every wait has an end.
+
+_MAX_HEAD_SIZE = 64 * 1024  # flow.js writes names and paths into the address, encoded
+_MAX_LINE_SIZE = 32 * 1024
+_MAX_HEADERS = 100
+_MIN_BODY_RATE = 1024  # bytes/s on the average, once a body has taken `timeout`
+_MIN_DRAIN_RATE = 16 * 1024  # bytes/s of a body that is refused
+_DRAIN_SIZE = 64 * 1024 * 1024  # where max_chunk_size sets no other limit
+_LINGER_SECONDS = 2.0
+_GRACE_SECONDS = 5.0  # for running requests when the server stops
+_SWEEP_SECONDS = 300.0
+
+_REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) HTTP/1\.([01])")
+_HEADER_LINE = re.compile(
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)\r\n"
+)
+_LENGTH = re.compile("[0-9]{1,15}")
+
+
+class _BadHead(Exception):
+    """A head that is refused; the connection is closed after the answer."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class Head(NamedTuple):
+    """The head of a request; header names are in lower case."""
+
+    method: str
+    target: str
+    minor: int  # of the version: HTTP/1.<minor>
+    headers: Dict[str, str]
+    length: int  # of the body, in bytes
+
+
+def parse_head(head: bytes) -> Head:
+    """Return what a head says, which ends with an empty line; raises _BadHead.
+
+    RFC 9112 in its strictest reading: no bare CR or LF, no folded lines, no blank before
+    the colon, one Content-Length of digits alone, no Transfer-Encoding.
+    """
+    line, _, rest = head.decode("latin-1").partition("\r\n")
+    if len(line) > _MAX_LINE_SIZE:
+        raise _BadHead(414, "The address is too long.")
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise _BadHead(400, "The first line of the request can't be read.")
+    headers = _parse_headers(rest)
+    if "host" not in headers and match[3] == "1":
+        raise _BadHead(400, "The request names no host.")
+    return Head(match[1], match[2], int(match[3]), headers, _body_length(headers))
+
+
+def _parse_headers(text: str) -> Dict[str, str]:
+    headers: Dict[str, str] = {}
+    position, end = 0, len(text) - 2
+    while position < end:
+        match = _HEADER_LINE.match(text, position)
+        if not match:
+            raise _BadHead(400, "A header of the request can't be read.")
+        name, value = match[1].lower(), match[2].rstrip(" \t")
+        if name in headers:
+            if name in _SINGLE_HEADERS:
+                raise _BadHead(400, f"The request has two headers {name}.")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+        position = match.end()
+        if len(headers) > _MAX_HEADERS or position > _MAX_HEAD_SIZE:
+            raise _BadHead(431, "The request has too many headers.")
+    return headers
+
+
+_SINGLE_HEADERS = frozenset(
+    ("content-length", "content-type", "host", "transfer-encoding", "authorization")
+    + ("origin", "expect")
+)
+
+
+def _body_length(headers: Mapping[str, str]) -> int:
+    if "transfer-encoding" in headers:
+        if "content-length" in headers:
+            raise _BadHead(400, "Content-Length and Transfer-Encoding contradict.")
+        raise _BadHead(411, "Bodies must come with a Content-Length.")
+    length = headers.get("content-length", "0")
+    if not _LENGTH.fullmatch(length):
+        raise _BadHead(400, "The Content-Length is not a number.")
+    return int(length)
+
+
+class _Wire:
+    """The bytes of one connection, in: heads, then bodies, with an end to each wait."""
+
+    def __init__(self, connection: socket.socket, server: FlowServer) -> None:
+        self.connection = connection
+        self.server = server
+        self.pending = b""  # came with a head, belongs to what follows it
+        self.timeout = float(server.app.settings.timeout)
+        self.remaining = 0  # bytes of the body that were not read yet
+        self._buffer: Optional[bytearray] = None
+        self._wants_100 = False
+        self._body_began = 0.0
+        self._body_size = 0
+
+    def read_head(self) -> bytes:
+        """Return the bytes up to the empty line; b"" when the client went away."""
+        deadline = time.monotonic() + self.timeout
+        self.pending = self.pending.lstrip(b"\r\n") if self.pending else b""
+        searched = 0
+        while True:
+            found = self.pending.find(b"\r\n\r\n", max(0, searched - 3))
+            if found >= 0:
+                head, self.pending = self.pending[:found + 4], self.pending[found + 4:]
+                return head
+            searched = len(self.pending)
+            if searched > _MAX_HEAD_SIZE:
+                raise _BadHead(431, "The head of the request is too long.")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout()
+            self.connection.settimeout(left)
+            block = self.connection.recv(_MAX_HEAD_SIZE)
+            if not block:
+                return b""
+            self.pending += block
+
+    def begin_body(self, head: Head) -> None:
+        """The next bytes are the body of this request."""
+        self.remaining = self._body_size = head.length
+        self._wants_100 = head.headers.get("expect", "").lower() == "100-continue"
+        self._body_began = time.monotonic()
+        self.connection.settimeout(self.timeout)
+
+    def fill(self) -> Tuple[Union[bytes, bytearray], int]:
+        """Return a buffer with the next bytes of the body and how many they are."""
+        if self._wants_100:  # judged by its head and not refused: let it come
+            self._wants_100 = False
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.pending:
+            block = self.pending[:self.remaining]
+            self.pending = self.pending[len(block):]
+            self.remaining -= len(block)
+            return block, len(block)
+        if self._buffer is None:
+            self._buffer = self.server.take_buffer()
+        size = self._receive(self._buffer, min(self.remaining, len(self._buffer)))
+        self.remaining -= size
+        return self._buffer, size
+
+    def _receive(self, buffer: bytearray, size: int) -> int:
+        try:
+            received = self.connection.recv_into(buffer, size)
+        except socket.timeout as error:
+            raise Truncated("The body came too slowly.") from error
+        except OSError as error:
+            raise Truncated("The connection broke.") from error
+        elapsed = time.monotonic() - self._body_began
+        if elapsed > self.timeout:
+            so_far = self._body_size - self.remaining + received
+            if so_far < elapsed * _MIN_BODY_RATE:
+                raise Truncated("The body came too slowly.")
+        return received
+
+    def end_body(self) -> None:
+        """Give the buffer back for the next body of whatever connection."""
+        if self._buffer is not None:
+            self.server.give_buffer(self._buffer)
+            self._buffer = None
+
+    def drain(self, limit: int) -> None:
+        """Read on what is refused, so that the client comes to read the answer.
+
+        A client that writes all before it reads would else see a reset connection.
+        """
+        began, drained = time.monotonic(), len(self.pending)
+        left = min(self.remaining - drained, limit)
+        buffer = bytearray(64 * 1024)
+        with contextlib.suppress(OSError):
+            while left > 0:
+                elapsed = time.monotonic() - began
+                if drained < (elapsed - _LINGER_SECONDS) * _MIN_DRAIN_RATE:
+                    break
+                self.connection.settimeout(_LINGER_SECONDS)
+                size = self.connection.recv_into(buffer, min(left, len(buffer)))
+                if not size:
+                    return
+                left -= size
+                drained += size
+            self._linger(buffer)
+
+    def _linger(self, buffer: bytearray) -> None:
+        """Say that nothing follows, and give the other side a moment to see it."""
+        self.connection.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + _LINGER_SECONDS
+        while time.monotonic() < end:
+            self.connection.settimeout(_LINGER_SECONDS)
+            if not self.connection.recv_into(buffer):
+                return
+
+
+class FlowHandler(http.server.BaseHTTPRequestHandler):
+    """One connection: requests one after the other until one of us wants to close."""
+
+    server: FlowServer
+    wire: _Wire
+
+    def setup(self) -> None:
+        """Prepare the connection; the handshake of TLS happens here, in its thread."""
+        connection: socket.socket = self.request
+        connection.settimeout(float(self.server.app.settings.timeout))
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if self.server.tls is not None:
+            connection = self.server.tls.wrap_socket(connection, server_side=True)
+            self.request = connection
+        self.connection = connection
+        self.wire = _Wire(connection, self.server)
+
+    def handle(self) -> None:
+        """Answer requests until the connection ends."""
+        with contextlib.suppress(OSError):  # the client went away, or was too slow
+            while self._handle_one():
+                pass
+
+    def finish(self) -> None:
+        """Nothing is buffered here."""
+
+    def _handle_one(self) -> bool:
+        """Answer one request; return whether another one may follow."""
+        try:
+            with self.server.waiting(self.connection):
+                head = self.wire.read_head()
+            if not head:
+                return False
+            parsed = parse_head(head)
+            request = self._request(parsed)
+        except _BadHead as error:
+            self._refuse(error)
+            return False
+        self.wire.begin_body(parsed)
+        try:
+            response = self.server.app.handle(request)
+        finally:
+            self.wire.end_body()
+        return self._send(parsed, response)
+
+    def _request(self, head: Head) -> Request:
+        target = head.target
+        if not target.startswith("/"):
+            match = re.fullmatch("https?://[^/?#]+(/.*)?", target, re.IGNORECASE)
+            if not match and not (target == "*" and head.method == "OPTIONS"):
+                raise _BadHead(400, "The address of the request can't be read.")
+            target = match[1] or "/" if match else self.server.app.settings.upload_path
+        path, _, query = target.partition("?")
+        return Request(
+            method=head.method,
+            path=urllib.parse.unquote(path, errors="replace"),
+            query=query,
+            headers=head.headers,
+            length=head.length,
+            client=self.client_address[0],
+            scheme="https" if self.server.tls is not None else "http",
+            is_loopback=self.server.is_loopback,
+            fill=self.wire.fill,
+        )
+
+    def _refuse(self, error: _BadHead) -> None:
+        client = self.client_address[0]
+        self.server.app.log.info("%s refused: %s (%d)", client, error, error.status)
+        body = json.dumps({"success": False, "error": str(error)}).encode()
+        kind = ("Content-Type", "application/json")
+        head = Head("", "", 1, {"connection": "close"}, 0)
+        self.wire.remaining = 1 << 62
+        self._send(head, Response(error.status, (kind,), body))
+
+    def _send(self, head: Head, response: Response) -> bool:
+        """Send a response in one write; return whether the connection goes on."""
+        options = head.headers.get("connection", "").lower()
+        keeps = head.minor == 1 and "close" not in options
+        keeps = keeps and not self.wire.remaining and not self.server.is_stopping
+        self.connection.settimeout(self.wire.timeout)
+        self.connection.sendall(_response_bytes(head.method, response, keeps))
+        if self.wire.remaining:
+            limit = self.server.app.settings.max_chunk_size or _DRAIN_SIZE
+            self.wire.drain(limit + _MULTIPART_ALLOWANCE)
+        return keeps
+
+
+def _response_bytes(method: str, response: Response, keeps: bool) -> bytes:
+    phrase = http.HTTPStatus(response.status).phrase
+    lines = [f"HTTP/1.1 {response.status} {phrase}"]
+    lines += [f"{name}: {value}" for name, value in response.headers]
+    if response.status != 204:
+        lines.append(f"Content-Length: {len(response.body)}")
+    if not keeps:
+        lines.append("Connection: close")
+    head = "\r\n".join(lines) + "\r\n\r\n"
+    return head.encode("latin-1") + (b"" if method == "HEAD" else response.body)
+
+
+class FlowServer(http.server.ThreadingHTTPServer):
+    """The application behind a socket::
+
+        with FlowServer(UploadApp(settings)) as server:
+            print(server.url)
+
+    A thread accepts connections and one serves each.  Port 0 takes any free one; raises
+    OSError when the port is taken.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = os.name == "posix"
+    request_queue_size = 256
+
+    def __init__(
+        self, app: UploadApp, handler: Optional[Callable[..., FlowHandler]] = None
+    ) -> None:
+        settings = app.settings
+        self.app = app
+        self.is_stopping = False
+        self.tls = _tls_context(settings)
+        self.is_loopback = bool(_LOOPBACK_NAME.fullmatch(_bracketed(settings.host)))
+        self._connections: Dict[socket.socket, bool] = {}
+        self._waiting: Dict[socket.socket, bool] = {}  # the longest waiting one first
+        self._lock = threading.Lock()
+        self._buffers: List[bytearray] = []
+        self._stopped = threading.Event()
+        self._threads: List[threading.Thread] = []
+        if ":" in settings.host:
+            self.address_family = socket.AF_INET6
+        super().__init__((settings.host, settings.port), handler or FlowHandler)
+
+    def server_bind(self) -> None:
+        """Bind without asking the DNS for a name, as http.server would."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+
+    @property
+    def url(self) -> str:
+        """The address of this server for a browser on this machine."""
+        scheme = "https" if self.tls is not None else "http"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
+        return f"{scheme}://{_bracketed(host)}:{self.server_port}"
+
+    def __enter__(self) -> FlowServer:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Serve in threads of its own, until stop()."""
+        for work in (self.serve_forever, self._keep_sweeping):
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        """Take no new requests, give those running a few seconds, and end."""
+        self.is_stopping = True
+        self._stopped.set()
+        self.shutdown()
+        self.server_close()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline:
+            with self._lock:
+                for connection in self._waiting:
+                    _shut(connection)
+                if not self._connections:
+                    break
+            time.sleep(0.02)
+        self.app.close()
+
+    def _keep_sweeping(self) -> None:
+        while not self._stopped.wait(_SWEEP_SECONDS):
+            try:
+                self.app.sweep()
+            except FlowError as error:
+                self.app.log.warning("can't clean up: %s", error)
+
+    # Connections
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a new connection in a thread; at the limit the idlest gives way."""
+        with self._lock:
+            if len(self._connections) >= self.app.settings.max_connections:
+                for connection in self._waiting:
+                    del self._waiting[connection]
+                    _shut(connection)
+                    break
+            self._connections[request] = True
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget a connection that has ended."""
+        with self._lock:
+            self._connections.pop(request, None)
+        with contextlib.suppress(OSError):
+            request.close()
+
+    def server_close(self) -> None:
+        """Stop listening; the threads of connections are waited for in stop()."""
+        self.socket.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a connection's thread died of; a client's fault gets one line."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self.app.log.info("%s connection failed: %s", client_address[0], error)
+        else:
+            self.app.log.exception("a connection ended with a bug of flowserver's")
+
+    @contextlib.contextmanager
+    def waiting(self, connection: socket.socket) -> Iterator[None]:
+        """Count a connection as idle while it has no whole head."""
+        with self._lock:
+            self._waiting[connection] = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting.pop(connection, None)
+
+    def take_buffer(self) -> bytearray:
+        """Return a buffer for one body; give_buffer() lends it to the next."""
+        with self._lock:
+            if self._buffers:
+                return self._buffers.pop()
+        return bytearray(BLOCK_SIZE)
+
+    def give_buffer(self, buffer: bytearray) -> None:
+        """Take a buffer back."""
+        with self._lock:
+            if len(self._buffers) < 16:
+                self._buffers.append(buffer)
+
+
+def _shut(connection: socket.socket) -> None:
+    """Wake whoever waits for a connection; its thread closes it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _tls_context(settings: Settings) -> Any:
+    """Return the TLS context of the settings, None without; raises SettingsError."""
+    if not (settings.certificate and settings.private_key):
+        return None
+    try:
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(settings.certificate, settings.private_key)
+    except (ImportError, OSError) as error:
+        raise SettingsError(f"TLS can't be set up: {error}.") from error
+    return context
+
+
+# ---- command line --------------------------------------------------------------------
+# Law: a user's mistake is one sentence and an exit status, never a traceback.  2 means
+# that a setting is wrong, 1 that this machine can't do it now.
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the server until Ctrl-C or SIGTERM; return the exit status."""
+    arguments = vars(_argument_parser().parse_args(argv))
+    config = arguments.pop("config")
+    flags = {name: text for name, text in arguments.items() if text is not None}
+    try:
+        settings = load_settings(find_config(config), flags)
+        _start_log(settings)
+    except SettingsError as error:
+        return _fail(2, str(error))
+    except OSError as error:
+        return _fail(1, f"The log can't be written: {error}.")
+    try:
+        server = FlowServer(UploadApp(settings))
+    except SettingsError as error:
+        return _fail(2, str(error))
+    except FlowError as error:
+        return _fail(1, f"{error} ({os.path.abspath(settings.upload_dir)})")
+    except (OSError, OverflowError) as error:
+        where = f"{settings.host}, port {settings.port}"
+        return _fail(1, f"The server can't listen on {where}: {error}.")
+    return _serve(server)
+
+
+def _argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flowserver.py",
+        description="Take chunked, resumable uploads of browsers.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="Settings file (else FLOWSERVER_CONFIG, else conf.ini beside this file).",
+    )
+    for name, setting in settings_table().items():
+        default = f" [{setting.default}]" if setting.default else ""
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            metavar="VALUE",
+            help=(setting.sentence + default).replace("%", "%%"),
+        )
+    return parser
+
+
+def _fail(status: int, sentence: str) -> int:
+    print(f"flowserver: {sentence}", file=sys.stderr)
+    return status
+
+
+def _start_log(settings: Settings) -> None:
+    """Log to stderr, and to a file that is rotated when there is one."""
+    handlers: List[logging.Handler] = [logging.StreamHandler()]
+    if settings.log_file:
+        handlers.append(
+            logging.handlers.RotatingFileHandler(
+                settings.log_file,
+                maxBytes=settings.log_max_size,
+                backupCount=settings.log_backups,
+                encoding="utf-8",
+                errors="backslashreplace" if sys.version_info >= (3, 9) else None,
+            )
+        )
+    log = logging.getLogger("flowserver")
+    log.setLevel(settings.log_level.upper())
+    log.propagate = False
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+
+
+def _serve(server: FlowServer) -> int:
+    stop = threading.Event()
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: stop.set())
+    server.start()
+    print(f"flowserver {__version__}: open {server.url}/ in a browser", flush=True)
+    for address in _other_addresses(server):
+        print(f"also reachable as {address}/", flush=True)
+    print(f"files go to {server.app.store.upload_dir}", flush=True)
+    while not stop.wait(0.5 if os.name == "nt" else None):
+        pass  # Windows wakes no waiting thread for a signal
+    server.stop()
+    return 0
+
+
+def _other_addresses(server: FlowServer) -> List[str]:
+    """Return the addresses of this machine, when it listens on all of them."""
+    if server.server_name not in ("0.0.0.0", "::"):
+        return []
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
+            host = str(entry[4][0]).partition("%")[0]
+            url = server.url.replace("127.0.0.1", host).replace("[::1]", _bracketed(host))
+            is_possible = server.server_name == "::" or ":" not in host
+            if is_possible and url != server.url and url not in found:
+                found.append(url)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
