@@ -50,7 +50,9 @@ __all__ = [
     "Done",
     "FlowError",
     "FlowHandler",
+    "FlowHandlerMixin",
     "FlowServer",
+    "Incoming",
     "MultipartParser",
     "Part",
     "Request",
@@ -71,6 +73,7 @@ import collections
 import configparser
 import contextlib
 import errno
+import getpass
 import hashlib
 import hmac
 import html
@@ -86,6 +89,7 @@ import secrets
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -1292,6 +1296,7 @@ class Progress(NamedTuple):
     size: int
     done: Optional[Done] = None
     is_new: bool = False  # whether this very request finished it
+    began: float = 0.0  # the clock when its first byte came; 0 if with this request
 
 
 class _Ledger:
@@ -1321,6 +1326,7 @@ class _Ledger:
         self.upload = Upload(*upload)
         self.generation: str = values.get("generation", "")
         self.opener: str = values.get("sender", "")
+        self.began: float = values.get("time", 0.0)
         self.ranges = Ranges()
         for start, end, sender in values.get("ranges", ()):
             self.ranges.add(start, end, sender)
@@ -1582,7 +1588,7 @@ class Store:
         """Find out whether files can have two names here; publication relies on it."""
         if not self.disk.links:
             return
-        part, fd = self._new_part()
+        part, fd = self.new_part()
         try:
             with self._folder(self._state_dir) as folder:
                 self.disk.publish(part, folder, os.path.basename(part) + ".part")
@@ -1664,7 +1670,7 @@ class Store:
         finally:
             self.disk.close(fd)
 
-    def _new_part(self) -> Tuple[str, int]:
+    def new_part(self) -> Tuple[str, int]:
         """Make a private file; return its path and descriptor."""
         token = self._live_token()
         with self._mutex:
@@ -1795,6 +1801,7 @@ class Store:
             "generation": generation or secrets.token_hex(8),
             "upload": upload,
             "sender": sender,
+            "time": self._clock(),
             "ranges": ranges,
         }
         self._append(ledger, _ledger_line("upload", values))
@@ -1906,7 +1913,8 @@ class Store:
         if is_new:
             self._finish(ledger, fields)
         done = self._done(ledger) if ledger.finished else None
-        return Progress(ledger.ranges.total, ledger.upload.size, done, is_new)
+        sizes = (ledger.ranges.total, ledger.upload.size)
+        return Progress(*sizes, done, is_new, ledger.began)
 
     def _done(self, ledger: _Ledger) -> Done:
         finished, upload = ledger.finished, ledger.upload
@@ -2510,7 +2518,7 @@ class _Aside(_Way):
 
     def __init__(self, body: Receiving, ledger: Optional[_Ledger]) -> None:
         super().__init__(body, ledger)
-        self.path, self.fd = self.store._new_part()
+        self.path, self.fd = self.store.new_part()
 
     def write(self, block: memoryview) -> bool:
         self.disk.write(self.fd, block, self.position - self.body.start)
@@ -2676,11 +2684,506 @@ def page(settings: Mapping[str, object], nonce: str) -> str:
     return PAGE.replace("__NONCE__", nonce).replace("__SETTINGS__", text)
 
 
-PAGE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>flowserver</title>
-<script type="application/json" id="settings" nonce="__NONCE__">__SETTINGS__</script>
-<h1>Upload</h1><input type="file" multiple><p id="state"></p>
-</html>"""
+PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Upload – flowserver</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9
+' stroke='%232b7a9b' fill='none'%3E%3Cpath d='M4.5 6V1M2 3l2.5-2L7 3M1 6v2h7V6'/%3E%3C/svg%3E">
+<style nonce="__NONCE__">
+:root { color-scheme: light dark; scrollbar-gutter: stable;
+  --page: #f3f5f7; --card: #fff; --ink: #1d2733; --soft: #556170; --line: #d9e0e6; --rail: #e4e9ee;
+  --accent: #1c6482; --strong: #154f68; --on-accent: #fff; --good: #24724a; --bad: #a8322b; }
+@media (prefers-color-scheme: dark) { :root { --page: #12171c; --card: #1a2127; --ink: #e6ebf0;
+  --soft: #9eabb8; --line: #303b45; --rail: #2a343d; --accent: #74bcdb; --strong: #9bd2ea;
+  --on-accent: #0c1a22; --good: #74cd9c; --bad: #f2938a; } }
+* { box-sizing: border-box; margin: 0; padding: 0; }
+[hidden], ul:empty { display: none !important; }
+body { padding: clamp(1rem, 4vw, 3rem) 1rem; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+main, footer { max-width: 46rem; margin: 0 auto; }
+h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -.01em; }
+h2, .name { flex: 1; font-size: inherit; font-weight: 600; }
+section, ul { margin-top: 1.25rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .8rem; list-style: none; }
+section { padding: 1.25rem; }
+button { min-height: 2.5rem; padding: .4rem 1rem; border: 1px solid var(--line); cursor: pointer;
+  border-radius: .6rem; background: none; color: var(--accent); font: inherit; }
+button:hover:enabled { border-color: var(--accent); color: var(--strong); }
+button:disabled { color: var(--soft); opacity: .55; cursor: default; }
+button.primary:enabled { background: var(--accent); color: var(--on-accent); }
+button.primary:hover { background: var(--strong); }
+button.icon { width: 2.5rem; padding: 0; border-color: transparent; color: var(--soft); }
+button.link { min-height: 0; padding: 0 .5rem; border: 0; text-decoration: underline; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+svg { width: 1.1rem; height: 1.1rem; vertical-align: -.2em; fill: none; stroke: currentColor;
+  stroke-width: 1.75; stroke-linecap: round; stroke-linejoin: round; }
+progress { appearance: none; display: block; width: 100%; height: .4rem; border: 0;
+  border-radius: .3rem; background: var(--rail); overflow: hidden; }
+progress::-webkit-progress-bar { background: var(--rail); }
+progress::-webkit-progress-value { background: var(--bar, var(--accent)); transition: width .25s; }
+progress::-moz-progress-bar { background: var(--bar, var(--accent)); }
+.soft, .numbers, footer { color: var(--soft); font-size: .9rem; }
+.row, .words, .buttons { display: flex; gap: .75rem; justify-content: space-between; }
+.words { flex-wrap: wrap; gap: 0 1rem; margin-top: .5rem; font-size: .9rem; }
+.words > * { min-height: 1.5em; overflow-wrap: anywhere; }
+.buttons { flex-wrap: wrap; justify-content: flex-start; margin-top: 1rem; }
+#drop { padding: 2rem 1.25rem; border: 1.5px dashed #8593a1; text-align: center; }
+#drop > svg { width: 2.4rem; height: 2.4rem; stroke-width: 1; color: var(--accent); }
+#drop .buttons { justify-content: center; }
+.dropping::after { content: ""; position: fixed; inset: 0; border: .5rem solid var(--accent); }
+li { padding: .6rem 1.25rem 1rem; content-visibility: auto; contain-intrinsic-size: auto 6.3rem; }
+li + li { border-top: 1px solid var(--line); } #all progress { height: .6rem; margin-top: .75rem; }
+li .row { gap: 0; margin-right: -.75rem; }
+.name { min-width: 0; padding: .45rem 0; overflow-wrap: anywhere; }
+.paused, .failed { --bar: var(--soft); } .done { --bar: var(--good); }
+li.done .state { color: var(--good); } .failed .state, .lost .state { color: var(--bad); }
+.done .toggle, #all:not(.lost) #try-now { visibility: hidden; } li.failed { --bar: var(--bad); }
+#news { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+footer { margin-top: 2rem; text-align: center; }
+@media (max-width: 34rem) { .words, #drop .buttons { flex-direction: column; }
+  #all .buttons button { flex: 1 1 8rem; } }
+@media (prefers-reduced-motion: reduce) { progress::-webkit-progress-value { transition: none; } }
+@media (forced-colors: active) { progress { border: 1px solid; --rail: Canvas; --bar: Highlight; } }
+</style>
+</head>
+<body>
+<main>
+  <h1>Upload files</h1>
+  <noscript><p>This page needs JavaScript.</p></noscript>
+  <section id="drop" aria-label="Add files">
+    <svg viewBox="0 0 16 16"><path d="M8 10.5V2M4.5 5.5L8 2l3.5 3.5M2 10v3.5h12V10"/></svg>
+    <p>Drop files or folders anywhere</p>
+    <p id="limit" class="soft"></p>
+    <div class="buttons">
+      <button id="choose-files" class="primary">Choose files</button>
+      <button id="choose-folder">Choose a folder</button>
+    </div>
+    <input type="file" id="files" multiple hidden>
+    <input type="file" id="folder" multiple webkitdirectory hidden>
+  </section>
+  <section id="all" aria-labelledby="all-title" hidden>
+    <div class="row">
+      <h2 id="all-title">All files</h2><button id="try-now" class="link">Try now</button>
+      <p id="share"></p>
+    </div>
+    <progress aria-labelledby="all-title"></progress>
+    <div class="words"><p class="state"></p><p class="numbers"></p></div>
+    <div class="buttons">
+      <button id="pause-all">Pause all</button>
+      <button id="clear-finished">Clear finished</button>
+      <button id="retry-failed">Retry failed</button>
+    </div>
+  </section>
+  <ul id="list" role="list" aria-label="Files"></ul>
+  <p id="news" role="status"></p>
+</main>
+<footer id="version"></footer>
+<template><li>
+  <div class="row">
+    <p class="name"><bdi></bdi></p>
+    <button class="icon toggle"><svg viewBox="0 0 16 16"><path/></svg></button>
+    <button class="icon remove"><svg viewBox="0 0 16 16"><path/></svg></button>
+  </div>
+  <progress></progress>
+  <div class="words"><p class="state"></p><p class="numbers"></p></div>
+</li></template>
+<script type="application/json" nonce="__NONCE__" id="settings">__SETTINGS__</script>
+<script nonce="__NONCE__">
+'use strict';
+// A chunk is a range of bytes of a file. An index counts from 0, a number from 1.
+const $ = (selector, within = document) => within.querySelector(selector);
+const settings = JSON.parse($('#settings').textContent);
+const chunkSize = Math.min(settings.chunkSize, settings.maxChunkSize || Infinity);
+const maxRequests = 3, maxWaitSeconds = 60;
+const stallSeconds = 90;    // more than the server itself waits for a silent connection
+const limit = `Files may have up to ${sizeInWords(settings.maxFileSize)}.`;
+const uploads = new Set();  // as listed
+const total = {moved: 0, speed: 0};     // bytes since the last second, bytes a second
+let requestsUnderWay = 0, gate = {opensAt: 0};    // shut while the server is out of reach
+
+// ---- Words ----
+function sizeInWords(bytes) {
+  const units = ['B', 'KiB', 'MiB', 'GiB', 'TiB'];
+  let unit = 0;
+  for (; bytes >= 1024 && unit < units.length - 1; unit++) bytes /= 1024;
+  return `${unit && bytes < 100 ? bytes.toFixed(1) : Math.round(bytes)} ${units[unit]}`;
+}
+
+function timeInWords(seconds) {
+  if (seconds < 100) return `${Math.max(1, Math.ceil(seconds))} s`;
+  return seconds < 6000 ? `${Math.ceil(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+}
+
+function progressInWords({sent, size, speed}) {
+  const words = `${sizeInWords(sent)} of ${sizeInWords(size)}`;
+  if (speed < 1) return words;
+  return `${words} · ${sizeInWords(speed)}/s · ${timeInWords((size - sent) / speed)} left`;
+}
+
+const countdown = ({words, opensAt}) =>
+  `${words}, trying again in ${timeInWords((opensAt - Date.now()) / 1000)}`;
+function setText(element, text) { if (element.textContent !== text) element.textContent = text; }
+
+const news = [];            // for screen readers; many at once are told as one sum
+function announce(words) {
+  if (news.push(words) === 1) setTimeout(() => {
+    const told = news.splice(0);
+    $('#news').textContent = told.length < 4 ? told.join('. ') : $('#all .state').textContent;
+  }, 500);
+}
+
+// ---- Requests ----
+function openRequest(method, query, body, onMoved) {
+  const xhr = new XMLHttpRequest(), began = Date.now();
+  xhr.open(method, `${settings.uploadPath}?${query}`);
+  Object.assign(xhr, {responseType: 'json', timeout: 1000 * stallSeconds, loaded: 0});
+  xhr.upload.onprogress = ({loaded}) => {
+    onMoved(loaded - xhr.loaded);
+    xhr.loaded = loaded;
+    xhr.timeout = Date.now() - began + 1000 * stallSeconds;
+  };
+  xhr.ended = new Promise(resolve => { xhr.onloadend = resolve; });
+  xhr.send(body);
+  return xhr;
+}
+
+const isRefusal = status => status >= 400 && status < 500 && status !== 408 && status !== 429;
+function troubleInWords(status, answer) {
+  if (status === 0) return 'Connection lost';
+  if (status === 200) return 'This answer is not from flowserver';  // a proxy's, a login page
+  return String(answer.error || `The server answered with status ${status}`).replace(/\.$/, '');
+}
+
+// Some requests at a time over all files; a file waits for those before it.
+function pump() {
+  for (const upload of uploads)
+    while (requestsUnderWay < maxRequests && Date.now() >= gate.opensAt && upload.begin());
+  show();
+}
+
+// ---- One upload and its row ----
+class Upload {
+  constructor(file, path, identifier, error) {
+    Object.assign(this, {file, path, identifier, error, size: file.size, stored: 0, moved: 0});
+    this.flights = new Set();             // its requests under way
+    this.chunkCount = Math.max(1, Math.ceil(file.size / chunkSize));
+    this.row = $('template').content.firstElementChild.cloneNode(true);
+    $('.toggle', this.row).style.visibility = error ? 'hidden' : '';
+    $('bdi', this.row).textContent = path;
+    $('progress', this.row).setAttribute('aria-label', `Progress of ${path}`);
+    this.startOver();
+  }
+
+  startOver() {
+    this.failures = this.opensAt = 0;
+    this.forgetMissing();
+    this.become('waiting'); // then running, paused, done, failed, cancelled
+    if (this.error) this.end('failed', this.error);
+  }
+
+  forgetMissing() {
+    this.mustAsk = this.chunkCount > 1;   // one chunk is sent unasked: the server compares it
+    this.missing = this.mustAsk ? [] : [0];
+  }
+
+  get isActive() { return this.state === 'waiting' || this.state === 'running'; }
+  get isUnfinished() { return this.isActive || this.state === 'paused'; }
+  get sent() {
+    let sent = this.state === 'done' ? this.size : this.stored;
+    for (const flight of this.flights) sent += flight.loaded;
+    return Math.min(sent, this.size);
+  }
+
+  begin() {                 // a request, when there is one to make
+    const hasChunk = !this.mustAsk && this.missing.length > 0;
+    if (!this.isActive || Date.now() < this.opensAt) return false;
+    if (!hasChunk && this.flights.size) return false;   // it asks when all chunks are answered
+    this.state = 'running';
+    if (hasChunk) this.sendChunk(this.missing.pop()); else this.ask();
+    return true;
+  }
+
+  async ask() {
+    const isAllSent = !this.mustAsk;
+    const answer = await this.request('GET', this.query());
+    if (answer?.status === 'complete') this.finish(answer);
+    else if (answer && isAllSent) this.loseTouch('The server has not got all of it');
+    else if (answer) this.plan(answer.ranges || []);
+    pump();
+  }
+
+  async sendChunk(index) {
+    const [start, end] = this.bytesOf(index);
+    const answer = await this.request('POST', this.query({
+      flowChunkNumber: index + 1, flowChunkSize: chunkSize, flowCurrentChunkSize: end - start,
+    }), this.file.slice(start, end, 'application/octet-stream'));
+    if (answer) Object.assign(this, {stored: this.stored + end - start, failures: 0});
+    if (answer?.status === 'complete') this.finish(answer);
+    pump();
+  }
+
+  bytesOf(index) { return [index * chunkSize, Math.min((index + 1) * chunkSize, this.size)]; }
+
+  // Send the chunks that no range (they are sorted and merged) holds whole, the lowest first.
+  plan(ranges) {
+    let at = 0;
+    Object.assign(this, {mustAsk: false, missing: [], stored: this.size});
+    for (let index = 0; index < this.chunkCount; index++) {
+      const [start, end] = this.bytesOf(index);
+      while (at < ranges.length && ranges[at][1] < end) at++;
+      if (at < ranges.length && ranges[at][0] <= start) continue;
+      this.missing.push(index);
+      this.stored -= end - start;
+    }
+    this.missing.reverse();
+    // All there but not yet a file (a crash): any chunk, repeated, makes the server finish it.
+    if (!this.missing.length) this.missing = [this.chunkCount - 1];
+  }
+
+  query(parameters) {
+    return new URLSearchParams({
+      ...parameters, flowTotalSize: this.size, flowIdentifier: this.identifier,
+      flowFilename: this.file.name, flowRelativePath: this.path, flowTotalChunks: this.chunkCount,
+    }).toString().replaceAll('+', '%20');
+  }
+
+  // The answer, or null where it was no good or nobody waits for it any more.
+  async request(method, query, body) {
+    const flight = openRequest(method, query, body, bytes => {
+      for (const one of [this, total]) one.moved += bytes;
+      show();
+    });
+    this.flights.add(flight);
+    requestsUnderWay++;
+    await flight.ended;
+    requestsUnderWay--;
+    const {status} = flight, answer = flight.response || {};
+    // A file that changed after it was chosen fails like a lost connection; only reading it tells.
+    const isGone = !status && await this.file.slice(0, 1).text().then(() => false, () => true);
+    if (!this.flights.delete(flight)) return null;
+    if (status === 200 && answer.status) {
+      if (gate.opensAt) announce('Connected again');
+      gate = {opensAt: 0};
+      return answer;
+    }
+    if (isGone) this.end('failed', 'This file has changed or is gone: choose it again.');
+    else if (isRefusal(status)) this.end('failed', answer.error || `Refused: status ${status}.`);
+    else this.loseTouch(troubleInWords(status, answer), flight.getResponseHeader('Retry-After'));
+    return null;
+  }
+
+  loseTouch(words, retryAfter) {
+    if (Date.now() >= this.opensAt) this.failures++;    // what fails together is one failure
+    const wait = Number(retryAfter) || Math.min(maxWaitSeconds, 2 ** (this.failures - 1));
+    Object.assign(this, {words, opensAt: Date.now() + 1000 * wait});
+    this.speed = total.speed = 0;
+    this.forgetMissing();
+    if (!gate.opensAt) announce(`${words}, trying again`);
+    gate = {words, opensAt: this.opensAt};
+  }
+
+  become(state) {           // and stop what is under way
+    Object.assign(this, {state, speed: 0});
+    const flights = [...this.flights];
+    this.flights.clear();
+    for (const flight of flights) flight.abort();
+    this.draw();
+  }
+
+  end(state, words) {
+    this.words = words;
+    this.become(state);
+    announce(`${this.path}: ${words}`);
+  }
+
+  finish({path = this.path}) {
+    this.end('done', path === this.path ? 'Finished' : `Finished, saved as ${path}`);
+  }
+  toggle() { if (this.isActive) this.become('paused'); else this.startOver(); }
+
+  remove() {
+    const isDone = this.state === 'done' || this.error, hadFlights = this.flights.size;
+    const next = this.row.nextElementSibling || this.row.previousElementSibling;
+    if (this.row.contains(document.activeElement))
+      (next ? $('.remove', next) : $('#choose-files')).focus();
+    this.become('cancelled');
+    this.row.remove();
+    uploads.delete(this);
+    if (isDone) return;
+    const isBack = () => identifiers.has(this.identifier + this.path);
+    identifiers.delete(this.identifier + this.path);
+    openRequest('DELETE', this.query());
+    // A body that was on its way may be taken in after that.
+    if (hadFlights) setTimeout(() => isBack() || openRequest('DELETE', this.query()), 3000);
+  }
+
+  draw() {
+    const {row, state, sent, size, isUnfinished} = this;
+    if (row.className !== state) this.drawButtons();
+    $('progress', row).value = size ? sent / size : Number(state === 'done');
+    setText($('.state', row), this.stateInWords());
+    setText($('.numbers', row), sent && isUnfinished ? progressInWords(this) : sizeInWords(size));
+  }
+
+  drawButtons() {
+    const {row, state, path} = this, toggle = $('.toggle', row), remove = $('.remove', row);
+    row.className = state;
+    setAction(toggle, {paused: 'Resume', failed: 'Retry'}[state] || 'Pause', path);
+    setAction(remove, this.isUnfinished ? 'Cancel' : 'Remove', path);
+    if (state === 'done' && document.activeElement === toggle) remove.focus();
+  }
+
+  stateInWords() {
+    const {state, words} = this;
+    if (state !== 'running') return {waiting: 'Waiting', paused: 'Paused'}[state] || words;
+    if (this.opensAt > Date.now() && !this.flights.size) return countdown(this);
+    return this.size && this.sent === this.size ? 'Finishing' : 'Uploading';
+  }
+}
+
+const icons = {             // what a button can say, drawn
+  Pause: 'M5.5 3.5v9M10.5 3.5v9', Resume: 'M5 3l8 5-8 5z', Cancel: 'M4 4l8 8M12 4l-8 8',
+  Retry: 'M13 8a5 5 0 1 1-1.5-3.5L13 6M13 2.5V6H9.5', Remove: 'M4 4l8 8M12 4l-8 8',
+};
+function setAction(button, action, path) {
+  button.title = action;
+  button.setAttribute('aria-label', `${action} ${path}`);
+  $('path', button).setAttribute('d', icons[action]);
+}
+
+// ---- All uploads ----
+let drawing = 0;
+function show() { drawing ||= setTimeout(drawAll, 120); }
+function drawAll() {
+  drawing = 0;
+  const count = {waiting: 0, running: 0, paused: 0, done: 0, failed: 0};
+  const sum = {sent: 0, size: 0, speed: total.speed};
+  for (const upload of uploads) {
+    count[upload.state]++;
+    if (upload.state === 'running') upload.draw();
+    if (upload.state !== 'failed') sum.sent += upload.sent, sum.size += upload.size;
+  }
+  const isActive = count.waiting + count.running > 0, isUnfinished = isActive || count.paused > 0;
+  const state = isActive ? 'running' : isUnfinished ? 'paused' : count.failed ? 'failed' : 'done';
+  const share = sum.size ? sum.sent / sum.size : Number(!isUnfinished);
+  const title = {failed: 'Failed', done: 'Done'}[state] || `${Math.floor(share * 100)} %`;
+  const words = `${count.done} of ${uploads.size} files finished`;
+  const isLost = isActive && Date.now() < gate.opensAt;
+  $('#all').hidden = !uploads.size;
+  $('#all').className = isLost ? 'lost' : state;
+  $('#all progress').value = share;
+  setText($('#share'), title);
+  setText($('#all .state'), isLost ? countdown(gate)
+    : count.failed ? `${words}, ${count.failed} failed` : words);
+  setText($('#all .numbers'), isUnfinished ? progressInWords(sum) : sizeInWords(sum.size));
+  setText($('#pause-all'), state === 'paused' ? 'Resume all' : 'Pause all');
+  enable($('#pause-all'), isUnfinished);
+  enable($('#clear-finished'), count.done);
+  enable($('#retry-failed'), count.failed);
+  document.title = uploads.size ? `${title} – Upload` : 'Upload – flowserver';
+}
+
+function enable(button, isUseful) {
+  if (!isUseful && document.activeElement === button) $('#choose-files').focus();
+  button.disabled = !isUseful;
+}
+function each(wanted, act) {
+  for (const upload of [...uploads].filter(wanted)) act(upload);
+  pump();
+}
+$('#pause-all').onclick = event => {
+  const isResume = event.target.textContent === 'Resume all';
+  each(one => isResume ? one.state === 'paused' : one.isActive, one => one.toggle());
+};
+$('#clear-finished').onclick = () => each(one => one.state === 'done', one => one.remove());
+$('#retry-failed').onclick = () => each(one => one.state === 'failed', one => one.toggle());
+$('#try-now').onclick = window.ononline = () => {
+  gate.opensAt = Math.min(gate.opensAt, Date.now());
+  each(one => one.isActive, one => { one.opensAt = 0; });
+};
+$('#list').onclick = ({target}) => {
+  const action = target.closest('.toggle') ? 'toggle' : target.closest('.remove') && 'remove';
+  each(one => action && one.row.contains(target), one => one[action]());
+};
+window.onbeforeunload = event => {
+  if ([...uploads].some(one => one.isUnfinished)) event.preventDefault();
+};
+setInterval(() => {
+  for (const one of [total, ...uploads])
+    Object.assign(one, {speed: one.speed ? .6 * one.speed + .4 * one.moved : one.moved, moved: 0});
+  pump();
+}, 1000);
+
+// ---- Adding files ----
+const inHex = byte => byte.toString(16).padStart(2, '0');
+const randomBits = () => [...crypto.getRandomValues(new Uint8Array(16))].map(inHex).join('');
+let browserBits = randomBits();
+try { browserBits = localStorage.flowserver ||= browserBits; } catch { /* till the next reload */ }
+
+// A second file of one name and time may be another file: it must not pass for the first.
+const identifiers = new Set();
+function identifierOf(file, path) {
+  const version = Math.max(0, file.lastModified);
+  const usual = `flowserver-${browserBits}-${version}`;
+  if (identifiers.has(usual + path)) return `flowserver-${randomBits()}-${version}`;
+  identifiers.add(usual + path);
+  return usual;
+}
+
+async function add(files) {
+  for await (const {file, path, trouble} of files) {
+    const isTooLarge = settings.maxFileSize && file.size > settings.maxFileSize;
+    const error = trouble || (isTooLarge ? `This one is too large. ${limit}` : '');
+    const upload = new Upload(file, path, identifierOf(file, path), error);
+    uploads.add(upload);
+    $('#list').append(upload.row);
+    announce(`${path} added`);
+    if (uploads.size % 500 === 0) await new Promise(resolve => setTimeout(resolve));
+  }
+  pump();
+}
+
+const called = (entry, method) => new Promise((done, failed) => entry[method](done, failed));
+async function* filesOf(entries) {
+  for (const entry of entries) try {
+    if (entry instanceof File) yield {file: entry, path: entry.name};
+    else if (entry.isFile) yield {file: await called(entry, 'file'), path: entry.fullPath.slice(1)};
+    else {
+      const reader = entry.createReader();  // it hands out a hundred at a time
+      for (let some; (some = await called(reader, 'readEntries')).length;) yield* filesOf(some);
+    }
+  } catch {
+    const file = new File([], entry.name), trouble = 'This can’t be read.';
+    yield {file, path: entry.fullPath.slice(1), trouble};
+  }
+}
+
+for (const input of [$('#files'), $('#folder')]) {
+  $(`#choose-${input.id}`).onclick = () => input.click();
+  input.onchange = () => {
+    add([...input.files].map(file => ({file, path: file.webkitRelativePath || file.name})));
+    input.value = '';
+  };
+}
+let dragEnd;                // while files are dragged over the page, this event comes again
+window.ondragover = event => {
+  if (!event.dataTransfer.types.includes('Files')) return;
+  event.preventDefault();
+  document.body.className = 'dropping';
+  clearTimeout(dragEnd);
+  dragEnd = setTimeout(() => { document.body.className = ''; }, 400);
+};
+window.ondrop = event => {
+  event.preventDefault();
+  const items = [...event.dataTransfer.items].filter(item => item.kind === 'file');
+  add(filesOf(items.map(item => item.webkitGetAsEntry() || item.getAsFile())));
+};
+$('#limit').textContent = settings.maxFileSize ? limit : '';
+$('#version').textContent = `flowserver ${settings.version}`;
+</script></body></html>"""
 
 
 # ---- application ---------------------------------------------------------------------
@@ -2730,6 +3233,7 @@ class Request(NamedTuple):
     client: str = ""  # the address of whoever is connected
     scheme: str = "http"
     is_loopback: bool = False  # the server can be reached from this machine only
+    is_proxied: bool = False  # came through a trusted proxy, whose word is believed
     fill: Optional[Callable[[], Tuple[Union[bytes, bytearray], int]]] = None
 
 
@@ -2785,13 +3289,110 @@ def add_parameter(parameters: Dict[str, str], name: str, value: str) -> None:
         raise Malformed(f"The parameter {printable(name[:80])} has two values.")
 
 
+class Incoming(NamedTuple):
+    """An upload whose place is asked for; `fields` are what else the form held."""
+
+    owner: str
+    identifier: str
+    filename: str
+    relative_path: str  # safe already
+    size: int  # in bytes
+    fields: Mapping[str, str]
+
+
+_HASH_ROUNDS = 200_000  # about a tenth of a second, and one is computed at a time
+
+
+def hash_password(password: str, salt: str = "", rounds: int = _HASH_ROUNDS) -> str:
+    """Return what stands in users_file for a password (PBKDF2, RFC 8018)."""
+    salt = salt or secrets.token_hex(16)
+    secret = password.encode("utf-8", "surrogatepass")
+    digest = hashlib.pbkdf2_hmac("sha256", secret, salt.encode(), rounds)
+    return f"pbkdf2_sha256${rounds}${salt}${digest.hex()}"
+
+
+class Users:
+    """The users of a file of name:hash lines, which is read again when it changes."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._stamp: Tuple[int, ...] = ()
+        self._hashes: Dict[str, str] = {}
+        self._verified: Dict[bytes, str] = {}
+        self._key = secrets.token_bytes(32)
+        self._nobody = hash_password("")
+        self._load()
+
+    def _load(self) -> None:
+        try:
+            status = os.stat(self._path)
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if stamp == self._stamp:
+                return
+            with open(self._path, encoding="utf-8") as file:
+                lines = [line.strip().partition(":") for line in file if ":" in line]
+        except (OSError, UnicodeDecodeError) as error:
+            raise Trouble("The file of users can't be read.") from error
+        self._hashes = {name: text for name, _, text in lines}
+        self._verified.clear()
+        self._stamp = stamp
+
+    def authenticate(self, header: str) -> str:
+        """Return the user of an Authorization header (Basic, RFC 7617).
+
+        Raises Unauthorized, with the same words and after the same time for a wrong
+        name as for a wrong password.
+        """
+        digest = hashlib.blake2b(header.encode("latin-1", "replace"), key=self._key)
+        with self._lock:  # one hash at a time, whatever comes
+            self._load()
+            name = self._verified.get(digest.digest())
+            if name is None:
+                name = self._verify(*_credentials(header))
+                if len(self._verified) > 1000:
+                    self._verified.clear()
+                self._verified[digest.digest()] = name
+        return name
+
+    def _verify(self, name: str, password: str) -> str:
+        kept = self._hashes.get(name, self._nobody)
+        try:
+            _, rounds, salt, _ = kept.split("$")
+            given = hash_password(password, salt, int(rounds))
+        except ValueError as error:
+            raise Trouble("The file of users has a line that can't be read.") from error
+        is_right = hmac.compare_digest(given.encode(), kept.encode())
+        if not is_right or name not in self._hashes:
+            raise _login_required()
+        return name
+
+
+def _login_required() -> Unauthorized:
+    return Unauthorized("A name and a password are needed here.")
+
+
+def _credentials(header: str) -> Tuple[str, str]:
+    scheme, _, text = header.partition(" ")
+    if scheme.lower() != "basic":
+        raise _login_required()
+    try:
+        decoded = base64.b64decode(text.strip(), validate=True).decode("utf-8")
+    except (binascii.Error, ValueError) as error:
+        raise _login_required() from error
+    name, _, password = decoded.partition(":")
+    return name, password
+
+
 class UploadApp:
     """Takes uploads: ``handle(Request) -> Response``, or as a WSGI application.
 
-    `on_complete(done)` is called when a file is in place, before the answer;
-    `authorize(request)` returns a sentence to refuse the request with, or nothing;
-    `owner(request)` returns whose upload it is; `place(upload)` returns the path below
-    upload_dir under which the file of a new upload is to be stored.
+    `on_complete(done)` is called when a file is in place, before the answer; when it
+    raises, the log says so and the file stays.  `authorize(request)` returns a sentence
+    to refuse the request with, or nothing.  `owner(request)` returns whose upload it is;
+    no one else sees, continues or cancels it.  `place(incoming)` returns the path below
+    upload_dir for a file, the same each time it is asked for the same upload; it is
+    checked like a client's.  Starts no thread; raises SettingsError and Trouble.
     """
 
     def __init__(
@@ -2800,6 +3401,7 @@ class UploadApp:
         on_complete: Optional[Callable[[Done], object]] = None,
         authorize: Optional[Callable[[Request], Optional[str]]] = None,
         owner: Optional[Callable[[Request], str]] = None,
+        place: Optional[Callable[[Incoming], str]] = None,
         store: Optional[Store] = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -2808,7 +3410,11 @@ class UploadApp:
         self._on_complete = on_complete
         self._authorize = authorize
         self._owner = owner
+        self._place = place
+        self._users = Users(self.settings.users_file) if self.settings.users_file else None
+        self._has_warned_of_proxy = False
         self._clock = clock
+        self._avoided = os.path.basename(self.settings.temp_dir) or ".flowserver"
         self._free_space = (0, -1e9)  # bytes, and when they were counted
         self.store = store or Store(
             self.settings.upload_dir,
@@ -2835,6 +3441,7 @@ class UploadApp:
         """Answer a request; the outermost door: nothing is raised."""
         started = self._clock()
         try:
+            request = self._seen_through_proxies(request)
             response = self._answer(request)
         except FlowError as error:
             response = self._refusal(error, None)
@@ -2890,48 +3497,92 @@ class UploadApp:
 
     # Who may do what
 
+    def _seen_through_proxies(self, request: Request) -> Request:
+        """Return the request as the first trusted proxy saw it."""
+        forwarded = request.headers.get("x-forwarded-for", "")
+        if not forwarded and "x-forwarded-host" not in request.headers:
+            return request
+        if not self._is_trusted(request.client):
+            if not self._has_warned_of_proxy:
+                self._has_warned_of_proxy = True
+                self.log.warning(
+                    "%s sends X-Forwarded-For, but is not among trusted_proxies",
+                    request.client,
+                )
+            return request
+        # Each proxy adds whom it saw at the end; whoever stands before the last one that
+        # is not trusted may be anybody's invention.
+        addresses = [word.strip() for word in forwarded.split(",") if word.strip()]
+        client = request.client
+        while addresses and self._is_trusted(client):
+            client = addresses.pop()
+        scheme = request.headers.get("x-forwarded-proto", "").strip().lower()
+        if scheme not in ("http", "https"):
+            scheme = request.scheme
+        return request._replace(client=client[:64], scheme=scheme, is_proxied=True)
+
+    def _is_trusted(self, address: str) -> bool:
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(parsed in network for network in self.settings.trusted_proxies)
+
     def _check_host(self, request: Request) -> None:
-        host = _host_name(request.headers.get("host", ""))
-        if self.settings.allow_hosts:
-            allowed = [name.lower() for name in self.settings.allow_hosts]
-            is_allowed = host.lower() in allowed
-        else:
-            is_allowed = not request.is_loopback or not host
-            is_allowed = is_allowed or bool(_LOOPBACK_NAME.fullmatch(host))
-        if not is_allowed:
-            raise Forbidden(
-                f"This server is not known as {printable(host)}; the setting allow_hosts"
-                " names those that it answers to."
-            )
+        """Refuse a Host that is not ours: a foreign name that resolves to us.
+
+        On a loopback bind every page in a local browser could reach us so (DNS
+        rebinding), and could invent X-Forwarded-Host as well.
+        """
+        allowed = {name.lower() for name in self.settings.allow_hosts}
+        host = _host_name(request.headers.get("host", "")).lower()
+        is_local = bool(_LOOPBACK_NAME.fullmatch(host)) or not host
+        if request.is_loopback and not is_local and host not in allowed:
+            raise _unknown_host(host)
+        seen = _host_name(_seen_host(request)).lower()
+        if allowed and seen not in allowed:
+            raise _unknown_host(seen)
 
     def _check_origin(self, request: Request) -> None:
         """Refuse what a page of another site makes a visitor's browser send."""
         origin = request.headers.get("origin", "")
         if not origin or self._is_own_origin(request, origin):
             return
-        if origin not in self.settings.allow_origins:
+        if not self._is_allowed(origin):
             raise Forbidden(
                 f"Pages of {printable(origin)} may not upload here; the setting"
                 " allow_origins names those that may."
             )
 
     def _is_own_origin(self, request: Request, origin: str) -> bool:
-        return origin == f"{request.scheme}://{request.headers.get('host', '')}"
+        return origin.lower() == f"{request.scheme}://{_seen_host(request)}".lower()
+
+    def _is_allowed(self, origin: str) -> bool:
+        return origin in self.settings.allow_origins or "*" in self.settings.allow_origins
 
     def _check_authorized(self, request: Request) -> None:
+        if self._users:
+            self._user(request)
         refusal = self._authorize(request) if self._authorize else None
         if refusal:
             raise Forbidden(refusal)
 
+    def _user(self, request: Request) -> str:
+        """Return who is logged in; raises Unauthorized."""
+        assert self._users is not None
+        return self._users.authenticate(request.headers.get("authorization", ""))
+
     def _with_cors(self, request: Request, response: Response) -> Response:
-        origin = request.headers.get("origin", "")
-        if origin not in self.settings.allow_origins:
+        """Let the pages of allowed origins read the answer; those named may log in."""
+        if not self.settings.allow_origins:
             return response
-        headers = response.headers + (
-            ("Access-Control-Allow-Origin", origin),
-            ("Access-Control-Allow-Credentials", "true"),
-            ("Vary", "Origin"),
-        )
+        headers = response.headers + (("Vary", "Origin"),)
+        origin = request.headers.get("origin", "")
+        if origin in self.settings.allow_origins:
+            headers += (("Access-Control-Allow-Origin", origin),)
+            headers += (("Access-Control-Allow-Credentials", "true"),)
+        elif origin and self._is_allowed(origin):
+            headers += (("Access-Control-Allow-Origin", "*"),)
         return response._replace(headers=headers)
 
     def _preflight(self, request: Request) -> Response:
@@ -3010,6 +3661,7 @@ class UploadApp:
         if not 0 <= request.length - chunk.length <= _MULTIPART_ALLOWANCE:
             raise _mismatch("body", request.length, chunk.length)
         upload, sender = self._upload_of(request, chunk)
+        upload = self._placed(upload, form)
         self._check_room(upload)
         end, received = chunk.start + chunk.length, 0
         with self.store.receive(upload, chunk.start, end, sender) as body:
@@ -3024,7 +3676,8 @@ class UploadApp:
             values = {"success": True, "status": "partial", "received": progress.received}
             return _json(200, dict(values, size=progress.size))
         if progress.is_new:
-            self._log_done(request, progress.done, self._clock() - started)
+            seconds = time.time() - progress.began if progress.began else 0.0
+            self._log_done(request, progress.done, seconds or self._clock() - started)
         return _json(200, self._complete(progress.done))
 
     def _complete(self, done: Done) -> Dict[str, object]:
@@ -3033,9 +3686,9 @@ class UploadApp:
         return values
 
     def _log_done(self, request: Request, done: Done, seconds: float) -> None:
-        rate = done.size / max(seconds, 1e-6) / (1 << 20)
+        rate = done.size / max(seconds, 1e-3) / (1 << 20)
         self.log.info(
-            "%s finished %s, %d bytes, last chunk in %.3f s, %.1f MiB/s",
+            "%s finished %s, %d bytes in %.3f s, %.1f MiB/s",
             request.client or "-",
             printable(done.relative_path),
             done.size,
@@ -3054,15 +3707,28 @@ class UploadApp:
 
     def _upload_of(self, request: Request, chunk: Chunk) -> Tuple[Upload, str]:
         """Return the upload that a chunk belongs to, and who sends it."""
-        owner = self._owner(request) if self._owner else ""
-        key = upload_key(owner, chunk.identifier, chunk.relative_path, chunk.size)
-        path = safe_path(chunk.relative_path)
-        upload = Upload(
-            key, path, chunk.size, owner, chunk.identifier, chunk.relative_path
-        )
+        owner = ""
+        if self._users:
+            owner = self._user(request)
+        elif self._owner:
+            owner = self._owner(request)
+        names = (owner, chunk.identifier, chunk.relative_path)
+        path = safe_path(chunk.relative_path, self._avoided)
+        key = upload_key(*names, chunk.size)
+        upload = Upload(key, path, chunk.size, *names)
         if owner:
             return upload, "owner " + owner
         return upload, "secret" if chunk.is_secret else "address " + request.client
+
+    def _placed(self, upload: Upload, form: _Form) -> Upload:
+        """Return the upload with the path that place() wants for it."""
+        if self._place is None:
+            return upload
+        name = upload.path.rpartition("/")[2]
+        who = (upload.owner, upload.identifier)
+        fields = form.other_fields()
+        incoming = Incoming(*who, name, upload.path, upload.size, fields)
+        return upload._replace(path=safe_path(self._place(incoming), self._avoided))
 
     # Limits
 
@@ -3207,7 +3873,22 @@ def _home_folder() -> str:
 
 def _host_name(host: str) -> str:
     """Return a Host header without its port."""
-    return re.sub(r":[0-9]*$", "", host) if not host.endswith("]") else host
+    return re.sub(r":[0-9]*$", "", host)
+
+
+def _seen_host(request: Request) -> str:
+    """Return the host that the browser asked for, as far as the proxy is believed."""
+    host = request.headers.get("host", "")
+    if request.is_proxied:
+        return request.headers.get("x-forwarded-host", "").split(",")[0].strip() or host
+    return host
+
+
+def _unknown_host(host: str) -> Forbidden:
+    return Forbidden(
+        f"This server is not known as {printable(host)}; the setting allow_hosts names"
+        " those that it answers to."
+    )
 
 
 def _wsgi_request(environ: Mapping[str, Any]) -> Request:
@@ -3285,6 +3966,11 @@ class _Form:
                 assert request.read is not None
                 buffer = request.read(min(BLOCK_SIZE, left))
                 size = len(buffer)
+            if not size and left == request.length and not request.fill:
+                raise Malformed(
+                    "The form was read already: give the request to flowserver before"
+                    " anything touches request.form or request.POST."
+                )
             if not size:
                 raise Truncated(f"The body ended {left} bytes before its end.")
             left -= size
@@ -3592,7 +4278,9 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
                 pass
 
     def finish(self) -> None:
-        """Nothing is buffered here."""
+        """Close the connection; nothing is buffered here."""
+        with contextlib.suppress(OSError):
+            self.connection.close()
 
     def _handle_one(self) -> bool:
         """Answer one request; return whether another one may follow."""
@@ -3665,6 +4353,40 @@ def _response_bytes(method: str, response: Response, keeps: bool) -> bytes:
         lines.append("Connection: close")
     head = "\r\n".join(lines) + "\r\n\r\n"
     return head.encode("latin-1") + (b"" if method == "HEAD" else response.body)
+
+
+class FlowHandlerMixin:
+    """Uploads for your own BaseHTTPRequestHandler::
+
+        class Handler(FlowHandlerMixin, BaseHTTPRequestHandler):
+            uploads = UploadApp(settings)
+            def do_POST(self):
+                self.handle_upload()
+
+    Heads are then as strict as http.server is.
+    """
+
+    uploads: UploadApp
+
+    def handle_upload(self: Any) -> None:
+        """Answer this request as the upload address, whatever its path is."""
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        lengths = self.headers.get_all("content-length", ["0"])
+        is_clear = len(lengths) == 1 and "transfer-encoding" not in headers
+        request = Request(
+            method=self.command,
+            path=self.uploads.settings.upload_path,
+            query=self.path.partition("?")[2],
+            headers=headers,
+            length=int(lengths[0]) if is_clear and _LENGTH.fullmatch(lengths[0]) else -1,
+            read=self.rfile.read,
+            client=self.client_address[0],
+        )
+        response = self.uploads.handle(request)
+        if response.status >= 400 or request.length < 0:
+            self.close_connection = True  # the body may not have been read
+        data = _response_bytes(self.command, response, not self.close_connection)
+        self.wfile.write(data)
 
 
 class FlowServer(http.server.ThreadingHTTPServer):
@@ -3755,13 +4477,26 @@ class FlowServer(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a new connection in a thread; at the limit the idlest gives way."""
         with self._lock:
-            if len(self._connections) >= self.app.settings.max_connections:
-                for connection in self._waiting:
-                    del self._waiting[connection]
-                    _shut(connection)
-                    break
-            self._connections[request] = True
+            is_full = len(self._connections) >= self.app.settings.max_connections
+            if is_full and self._waiting:
+                connection = next(iter(self._waiting))
+                del self._waiting[connection]
+                _shut(connection)
+                is_full = False
+            if not is_full:
+                self._connections[request] = True
+        if is_full:
+            self._turn_away(request)
+            return
         super().process_request(request, client_address)
+
+    def _turn_away(self, request: socket.socket) -> None:
+        values = {"success": False, "error": "The server has too many connections."}
+        with contextlib.suppress(OSError):
+            request.settimeout(0)
+            if self.tls is None:
+                request.send(_response_bytes("", _json(503, values), False))
+        self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         """Forget a connection that has ended."""
@@ -3840,10 +4575,15 @@ def _tls_context(settings: Settings) -> Any:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the server until Ctrl-C or SIGTERM; return the exit status."""
     arguments = vars(_argument_parser().parse_args(argv))
-    config = arguments.pop("config")
+    config, user = arguments.pop("config"), arguments.pop("add_user")
+    is_check = arguments.pop("check")
     flags = {name: text for name, text in arguments.items() if text is not None}
     try:
         settings = load_settings(find_config(config), flags)
+        if user is not None:
+            return _add_user(settings, user)
+        if is_check:
+            return _check(settings)
         _start_log(settings)
     except SettingsError as error:
         return _fail(2, str(error))
@@ -3872,6 +4612,16 @@ def _argument_parser() -> argparse.ArgumentParser:
         "--config",
         metavar="FILE",
         help="Settings file (else FLOWSERVER_CONFIG, else conf.ini beside this file).",
+    )
+    parser.add_argument(
+        "--add-user",
+        metavar="NAME",
+        help="Ask for a password, put the user into users_file, and exit.",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="Try what the store needs of the configured folders, and exit.",
     )
     for name, setting in settings_table().items():
         default = f" [{setting.default}]" if setting.default else ""
@@ -3909,6 +4659,113 @@ def _start_log(settings: Settings) -> None:
         log.addHandler(handler)
 
 
+def _add_user(settings: Settings, name: str) -> int:
+    """Put a user into users_file, or give one another password."""
+    path = settings.users_file
+    if not path:
+        raise SettingsError("Say where users are kept: set users_file in conf.ini first.")
+    if not name or ":" in name or not name.isprintable():
+        raise SettingsError(f"{printable(name)} can't be the name of a user.")
+    if sys.stdin.isatty():
+        password = getpass.getpass(f"Password for {name}: ")
+    else:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
+        raise SettingsError("The password is empty.")
+    lines = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file if line.partition(":")[0].strip() != name]
+    _write_privately(path, "".join(lines) + f"{name}:{hash_password(password)}\n")
+    print(f"{name} may log in now ({path}).")
+    return 0
+
+
+def _write_privately(path: str, text: str) -> None:
+    part = f"{path}.{secrets.token_hex(4)}"
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(text.encode("utf-8"))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _check(settings: Settings) -> int:
+    """Try what the store needs, one line each; 1 when something does not hold."""
+    try:
+        disk = Disk(settings.sync)
+        store = Store(settings.upload_dir, settings.temp_dir, disk=disk)
+    except FlowError as error:
+        print(f"FAILED  {error} ({os.path.abspath(settings.upload_dir)})")
+        return 1
+    results = list(_trials(store, settings))
+    store.close()
+    for is_good, sentence in results:
+        print(("ok      " if is_good else "FAILED  ") + sentence)
+    return 0 if all(is_good for is_good, _ in results) else 1
+
+
+def _trials(store: Store, settings: Settings) -> Iterator[Tuple[bool, str]]:
+    yield True, f"files go to {store.upload_dir}"
+    yield True, f"unfinished uploads to {store.temp_dir}, on the same file system"
+    yield _locks_hold(store), "locks hold between processes"
+    link = "files can be published by a hard link"
+    if store.disk.links or os.name == "nt":
+        yield True, link if store.disk.links else "a rename never overwrites"
+    else:
+        yield True, "no hard links: names are checked under a lock (see README)"
+    seconds = _flush_seconds(store)
+    yield True, f"a flush takes {seconds * 1000:.2f} ms (sync is {settings.sync})"
+    free = store.disk.free_space(store.upload_dir)
+    is_enough = free > settings.min_free_space
+    yield is_enough, f"{free >> 20} MiB are free (min_free_space is enough: {is_enough})"
+    yield _clock_is_steady(store), "the clock of the file system agrees with ours"
+
+
+def _locks_hold(store: Store) -> bool:
+    """Whether another process is kept out of a file that this one has locked."""
+    program = (
+        "import os, runpy, sys; disk = runpy.run_path(sys.argv[1])['Disk']();"
+        "sys.exit(5 if disk.try_lock(os.open(sys.argv[2], os.O_RDWR)) else 6)"
+    )
+    path, fd = store.new_part()
+    try:
+        store.disk.lock(fd)
+        command = [sys.executable, "-I", "-c", program, os.path.abspath(__file__), path]
+        return subprocess.run(command, check=False).returncode == 6
+    finally:
+        store.disk.close(fd)
+        store.disk.unlink(path)
+
+
+def _flush_seconds(store: Store) -> float:
+    path, fd = store.new_part()
+    began = time.perf_counter()
+    for number in range(10):
+        store.disk.write(fd, b"flowserver", number * 4096)
+        os.fsync(fd)
+    seconds = (time.perf_counter() - began) / 10
+    store.disk.close(fd)
+    store.disk.unlink(path)
+    return seconds
+
+
+def _clock_is_steady(store: Store) -> bool:
+    path, fd = store.new_part()
+    difference = abs(store.disk.stat(fd).st_mtime - time.time())
+    store.disk.close(fd)
+    store.disk.unlink(path)
+    return difference < 60
+
+
+def _warn_if_open(server: FlowServer) -> None:
+    """Say what it means to listen on a public address without a login."""
+    if server.is_loopback or server.app.settings.users_file:
+        return
+    print("Anybody who can reach this machine can now fill its disk with files.")
+    print("Set users_file (--add-user NAME) or listen on 127.0.0.1.", flush=True)
+
+
 def _serve(server: FlowServer) -> int:
     stop = threading.Event()
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
@@ -3919,6 +4776,7 @@ def _serve(server: FlowServer) -> int:
     for address in _other_addresses(server):
         print(f"also reachable as {address}/", flush=True)
     print(f"files go to {server.app.store.upload_dir}", flush=True)
+    _warn_if_open(server)
     while not stop.wait(0.5 if os.name == "nt" else None):
         pass  # Windows wakes no waiting thread for a signal
     server.stop()
