@@ -19,10 +19,10 @@ and whole, or not at all.  Nothing but the standard library is imported.
 
 It does not list or hand out uploaded files, unpack archives, or speak tus.
 
-Glossary.  A *chunk* is a range of bytes of an upload; a *part* is a piece of a multipart
-body; a *block* is bytes as they came off the wire; a *range* is [start, end) in bytes;
-an *index* counts from 0, a *number* from 1; an *owner* is whose upload it is, a *sender*
-who sent a range of it.
+Glossary.  A *chunk* is a range of bytes of an upload; a *part* is a piece of a
+multipart body; a *block* is bytes as they came off the wire; a *range* is [start, end)
+in bytes; an *index* counts from 0, a *number* from 1; an *owner* is whose upload it is,
+a *sender* who sent a range of it.
 """
 
 # Copyright (c) 2026 the flowserver founders
@@ -36,11 +36,11 @@ who sent a range of it.
 # all copies or substantial portions of the Software.
 #
 # THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
-# INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR
-# PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE
-# FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
-# OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
-# DEALINGS IN THE SOFTWARE.
+# INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+# PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+# HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+# CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
+# OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ __all__ = [
 
 import argparse
 import base64
-import bisect
 import binascii
+import bisect
 import collections
 import configparser
 import contextlib
@@ -116,9 +116,9 @@ from typing import (
 T = TypeVar("T")
 
 # ---- errors --------------------------------------------------------------------------
-# Law: the class says what kind of trouble it is, the message is one sentence that may be
-# shown to anybody, the cause is for the log.  Which status a kind becomes is decided by
-# the dialect, because each client library gives up on other numbers.
+# Law: the class says what kind of trouble it is, the message is one sentence that may
+# be shown to anybody, the cause is for the log.  Which status a kind becomes is decided
+# by the dialect, because each client library gives up on other numbers.
 
 
 class FlowError(Exception):
@@ -182,8 +182,8 @@ class SettingsError(FlowError):
 
 
 # ---- settings ------------------------------------------------------------------------
-# Law: each setting stands once, in the class below, with its section, reader, default and
-# sentence.  conf.ini, the flags, --help and the README's table are made from it.
+# Law: each setting stands once, in the class below, with its section, reader, default
+# and sentence.  conf.ini, the flags, --help and the README's table are made from it.
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _TIMES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -223,7 +223,9 @@ def _size(value: str) -> int:
 
 
 def _seconds(value: str) -> int:
-    return _measure(value.lower(), _TIMES, "is not a time such as 90, 30s, 5m, 12h or 2d")
+    return _measure(
+        value.lower(), _TIMES, "is not a time such as 90, 30s, 5m, 12h or 2d"
+    )
 
 
 def _flag(value: str) -> bool:
@@ -284,6 +286,7 @@ class Settings:
     or plain numbers, booleans and lists.  Raises SettingsError.
     """
 
+    # fmt: off
     host = Setting("server", _text, "127.0.0.1",
         "Address to listen on; 0.0.0.0 means every address of this machine.")
     port = Setting("server", _port, "8000",
@@ -348,6 +351,7 @@ class Settings:
         "Size at which the log file is rotated.")
     log_backups = Setting("log", _number, "5",
         "Rotated log files to keep.")
+    # fmt: on
 
     def __init__(self, **values: object) -> None:
         table = settings_table()
@@ -382,8 +386,8 @@ def _is_path(setting: Setting[Any]) -> bool:
 def load_settings(config: str, flags: Mapping[str, str]) -> Settings:
     """Return the settings of a conf.ini (none when `config` is "") and of flags.
 
-    Flags win.  Paths in the file are relative to the file, those of flags to the current
-    folder.  Raises SettingsError naming file, section, key and value.
+    Flags win.  Paths in the file are relative to the file, those of flags to the
+    current folder.  Raises SettingsError naming file, section, key and value.
     """
     values: Dict[str, str] = _read_config(config) if config else {}
     table = settings_table()
@@ -453,15 +457,16 @@ def settings_markdown() -> str:
 
 
 # ---- multipart -----------------------------------------------------------------------
-# Law: sans-IO.  Bytes go in as they come, events come out; nothing here reads, writes or
-# knows what a chunk is.  Every size is bounded, every search is linear, and the first
-# error is the last word (RFC 7578, RFC 2046 5.1).
+# Law: sans-IO.  Bytes go in as they come, events come out; nothing here reads, writes
+# or knows what a chunk is.  Every size is bounded, every search is linear, and the
+# first error is the last word (RFC 7578, RFC 2046 5.1).
 
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PARAMETER = re.compile(
     # A quote ends the string unless it is escaped; a browser never escapes, so a
-    # backslash just before the closing quote is taken literally (WHATWG HTML, FormData).
+    # backslash just before the closing quote is taken literally (WHATWG HTML,
+    # FormData).
     rf'[ \t]*;[ \t]*({_TOKEN})=(?:"((?:\\"|[^"])*)"|({_TOKEN}))[ \t]*(?=;|$)'
 )
 _PART_HEADER = re.compile(rf"({_TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -469,7 +474,7 @@ _IDENTITIES = ("", "binary", "8bit", "7bit")
 
 
 def parse_options(value: str) -> Tuple[str, Dict[str, str]]:
-    """Split ``form-data; name="a"`` into its first word, in lower case, and its options.
+    """Split ``form-data; name="a"`` into its first word, lower case, and its options.
 
     Raises Malformed for anything that is not written like that, and for an option that
     is given twice.  ``name*`` and the like are left out (RFC 7578 4.2).
@@ -499,7 +504,9 @@ def boundary_of(content_type: str) -> Optional[bytes]:
         return None
     word, options = parse_options(content_type)
     if word != "multipart/form-data":
-        raise Malformed("Only multipart/form-data is understood of the multipart types.")
+        raise Malformed(
+            "Only multipart/form-data is understood of the multipart types."
+        )
     if not _BOUNDARY.fullmatch(options.get("boundary", "")):
         raise Malformed("The boundary of the form is missing or illegal.")
     return options["boundary"].encode("ascii")
@@ -576,8 +583,8 @@ class MultipartParser:
         if self._step != self._epilogue:
             raise Truncated("The form ended before its last boundary.")
 
-    # Each step takes the bytes from `position` to `end` and returns where it stopped, or
-    # -1 when it needs more and the bytes from `position` on must be kept.
+    # Each step takes the bytes from `position` to `end` and returns where it stopped,
+    # or -1 when it needs more and the bytes from `position` on must be kept.
 
     def _preamble(
         self, block: Any, position: int, end: int, events: List[Event]
@@ -598,7 +605,7 @@ class MultipartParser:
     ) -> int:
         """Look at what follows a delimiter: a new part, or the end."""
         line_end: int = block.find(b"\r\n", position, min(end, position + 66))
-        if end - position >= 2 and block[position:position + 2] == b"--":
+        if end - position >= 2 and block[position : position + 2] == b"--":
             self._step = self._epilogue
             return position + 2
         if line_end < 0:
@@ -679,13 +686,16 @@ def _parse_part(header: bytes) -> Part:
         raise Malformed("A part of the form has no name.")
     if fields.get("content-transfer-encoding", "").lower() not in _IDENTITIES:
         raise Malformed("An encoded part can't be taken; send its bytes as they are.")
-    return Part(options["name"], options.get("filename"), fields.get("content-type", ""))
+    return Part(
+        options["name"], options.get("filename"), fields.get("content-type", "")
+    )
 
 
 # ---- dialects ------------------------------------------------------------------------
 # Law: one row per client library: its names for things, and the statuses that it obeys.
 # Text of a client becomes a Chunk here, or an error; no other room knows a parameter.
-# What each client does with each status is in its source; retries follow 5xx and others.
+# What each client does with each status is in its source; retries follow 5xx and
+# others.
 
 _COMMON_STATUSES = {
     "malformed": 400,
@@ -710,11 +720,15 @@ class Dialect(NamedTuple):
     total_size: str
     filename: str
     relative_path: str
-    total_chunks: str  # the parameter with the number of chunks; "" where it can't be trusted
+    total_chunks: (
+        str  # the parameter with the number of chunks; "" where it can't be trusted
+    )
     statuses: Mapping[str, int]  # those that differ from the common ones
 
 
-def _family(name: str, prefix: str, statuses: Mapping[str, int], count: bool) -> Dialect:
+def _family(
+    name: str, prefix: str, statuses: Mapping[str, int], count: bool
+) -> Dialect:
     """Return the row of a library that names its parameters as flow.js does."""
     return Dialect(
         name,
@@ -734,7 +748,8 @@ DIALECTS = (
     # flow.js gives up on 404 413 415 500 501, and by default on anything but 200-202.
     _family("flow.js", "flow", {"malformed": 415, "conflict": 415}, count=True),
     # resumable.js 1.1.0 gives up on 400 404 415 500 501 and repeats all else 100 times
-    # without a pause, 413, 401 and 403 among them.  Its count of chunks is wrong at times.
+    # without a pause, 413, 401 and 403 among them.  Its count of chunks is wrong at
+    # times.
     _family(
         "resumable.js",
         "resumable",
@@ -782,7 +797,7 @@ def unprefixed(parameters: Mapping[str, str], prefix: str) -> Dict[str, str]:
 
 
 def _without(name: str, prefix: str) -> str:
-    return name[len(prefix):] if name.startswith(prefix) else name
+    return name[len(prefix) :] if name.startswith(prefix) else name
 
 
 def recognise(names: Iterable[str]) -> Optional[Dialect]:
@@ -806,6 +821,7 @@ def parse_integer(text: str, name: str) -> int:
 
 def parse_chunk(dialect: Dialect, parameters: Mapping[str, str]) -> Chunk:
     """Return what the parameters mean; raises Malformed when they can't be true."""
+
     def integer(name: str) -> int:
         return parse_integer(parameters.get(name, ""), name)
 
@@ -815,11 +831,15 @@ def parse_chunk(dialect: Dialect, parameters: Mapping[str, str]) -> Chunk:
     path = filename if path in _ABSENT else path
     if not identifier or not path:
         raise Malformed("The upload has no identifier or no file name.")
-    upload = Chunk(identifier, filename or path, path, integer(dialect.total_size), 0, -1)
+    upload = Chunk(
+        identifier, filename or path, path, integer(dialect.total_size), 0, -1
+    )
     if parameters.get(dialect.number, "") == "":
         return upload
     number, nominal = integer(dialect.number), integer(dialect.chunk_size)
-    chunk = upload._replace(start=(number - 1) * nominal, length=integer(dialect.length))
+    chunk = upload._replace(
+        start=(number - 1) * nominal, length=integer(dialect.length)
+    )
     _check_chunk(chunk, number, nominal)
     if dialect.total_chunks and parameters.get(dialect.total_chunks):
         _check_count(integer(dialect.total_chunks), number, nominal, chunk.size)
@@ -886,7 +906,9 @@ def safe_path(path: str, avoid: str = ".flowserver") -> str:
     """
     words = [word for word in re.split(r"[/\\]", path) if word not in ("", ".")]
     if ".." in (word.strip(" ") for word in words):
-        raise Malformed(f"The name {printable(path)} leads outside of the upload folder.")
+        raise Malformed(
+            f"The name {printable(path)} leads outside of the upload folder."
+        )
     if not words or path[-1:] in "/\\":
         raise Malformed(f"The name {printable(path)} names no file.")
     safe = "/".join(safe_name(word, avoid) for word in words)
@@ -896,7 +918,7 @@ def safe_path(path: str, avoid: str = ".flowserver") -> str:
 
 
 def safe_name(name: str, avoid: str = ".flowserver") -> str:
-    """Return a name for one file or folder that is legal and harmless on every system."""
+    """Return a name for a file or folder that is harmless on every system."""
     name = _UNSAFE.sub("_", unicodedata.normalize("NFC", name))
     name = re.sub(r"[. ]+$", "_", name.lstrip(" ")) or "_"
     if _RESERVED.fullmatch(name) or name.casefold() == avoid.casefold():
@@ -910,12 +932,12 @@ def numbered(name: str, number: int) -> str:
 
 
 def _shortened(name: str, insert: str) -> str:
-    """Put `insert` before the suffix, and cut the stem so that the name is not too long."""
+    """Put `insert` before the suffix, and cut the stem until the name fits."""
     stem, dot, suffix = name.rpartition(".")
     if not stem or len(suffix.encode()) > 32:
         stem, dot, suffix = name, "", ""
     if stem.lower().endswith(".tar"):
-        stem, dot, suffix = stem[:-4], "." , f"{stem[-3:]}.{suffix}"
+        stem, dot, suffix = stem[:-4], ".", f"{stem[-3:]}.{suffix}"
     room = _MAX_NAME_SIZE - len((insert + dot + suffix).encode())
     return stem.encode()[:room].decode("utf-8", "ignore") + insert + dot + suffix
 
@@ -929,11 +951,12 @@ def printable(text: str) -> str:
 
 # ---- store ---------------------------------------------------------------------------
 # Law: recorded bytes are never rewritten, nothing is written after publication, and a
-# file appears under its name whole or not at all.  All state is on disk, under locks that
-# hold between threads and processes; what this process remembers is only what it read.
+# file appears under its name whole or not at all.  All state is on disk, under locks
+# that hold between threads and processes; what this process remembers is only what it
+# read.
 #
-# An unfinished upload is <key>-<generation>.data, written in place, and <key>.ledger, an
-# append-only text of which a line counts when it is whole and its checksum is right.
+# An unfinished upload is <key>-<generation>.data, written in place, and <key>.ledger,
+# an append-only text of which a line counts when it is whole and its checksum is right.
 # When the file is published the ledger stays as the receipt.  A body that can't be
 # written in place (the whole file in one chunk, or a second attempt at a range that is
 # being written) goes to a private <token>-<n>.part first; <token>.live is locked by the
@@ -945,7 +968,7 @@ _NOTE_SECONDS = 120
 
 
 class Folder(NamedTuple):
-    """An open folder; `fd` is None where the system can't name files relative to one."""
+    """An open folder; `fd` is None where files can't be named relative to one."""
 
     fd: Optional[int]
     path: str
@@ -975,7 +998,7 @@ class Disk:
         os.close(fd)
 
     def read(self, fd: int, size: int, offset: int) -> bytes:
-        """Return up to `size` bytes from `offset`; fewer only at the end of the file."""
+        """Return up to `size` bytes from `offset`; fewer only at the file's end."""
         blocks = []
         while size > 0:
             block = self._read_once(fd, min(size, 1 << 24), offset)
@@ -1011,7 +1034,7 @@ class Disk:
         os.ftruncate(fd, size)
 
     def flush(self, fd: int) -> None:
-        """Return when the file's bytes are on the disk, whatever happens to the power."""
+        """Return when the file's bytes are on the disk, whatever the power does."""
         if not self.sync:
             return
         full = _full_flush()
@@ -1025,7 +1048,7 @@ class Disk:
         return os.fstat(fd)
 
     def stat_path(self, path: str) -> Optional[os.stat_result]:
-        """Return what is known of a file, links not followed; None when it is missing."""
+        """Return what is known of a file, or None; links are not followed."""
         try:
             return os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -1088,10 +1111,13 @@ class Disk:
 
         Returns whether the old name is still there, too.
         """
+        target = os.path.join(folder.path, name)
         if self.links and folder.fd is not None:
             os.link(source, name, dst_dir_fd=folder.fd)
             return True
-        target = os.path.join(folder.path, name)
+        if self.links:
+            os.link(source, target)
+            return True
         if os.name != "nt" and os.path.lexists(target):
             # Only under Store._name_lock: this system has no rename that refuses.
             raise FileExistsError(errno.EEXIST, "exists", target)
@@ -1334,7 +1360,9 @@ class _Ledger:
         self.finished: Optional[_Finished] = None
         self.is_announced = False
         self.notes: List[Tuple[int, int, str, float]] = []
-        self.is_named = False  # the names in the temp folder are known to be on the disk
+        self.is_named = (
+            False  # the names in the temp folder are known to be on the disk
+        )
 
     @property
     def is_complete(self) -> bool:
@@ -1419,7 +1447,9 @@ def _explained() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.EFBIG:
-            raise TooLarge("The file is larger than this disk's files can be.") from error
+            raise TooLarge(
+                "The file is larger than this disk's files can be."
+            ) from error
         sentence = _SENTENCES.get(error.errno or 0)
         raise Trouble(sentence or f"The disk reports: {error.strerror}.") from error
 
@@ -1499,7 +1529,9 @@ class Store:
             if ledger is None or ledger.finished or ledger.is_complete:
                 return False
             found = ledger.ranges.within(start, end)
-            if ledger.ranges.gaps(start, end) or {who} != {word for _, _, word in found}:
+            if ledger.ranges.gaps(start, end) or {who} != {
+                word for _, _, word in found
+            }:
                 return False
             self._flush_ledger(ledger)
             return True
@@ -1511,10 +1543,7 @@ class Store:
     def status(
         self, upload: Upload, sender: str
     ) -> Tuple[List[Tuple[int, int]], Optional[Done]]:
-        """Return the ranges that this sender need not send, and the end when it is there.
-
-        Changes nothing.
-        """
+        """Return the ranges that this sender need not send, and the end if any."""
         who = _sender_hash(sender)
         with _explained(), self._entered(upload) as ledger:
             if ledger is None:
@@ -1551,11 +1580,17 @@ class Store:
                 if name.endswith(".data"):
                     datas[name.partition("-")[0]].append(name)
             keys = {name[:-7] for name in names if name.endswith(".ledger")}
-            unfinished = [
-                self._sweep_upload(key, datas.get(key, []), stale_after, keep_receipts)
-                for key in keys | set(datas)
-            ]
-            self.open_uploads = sum(unfinished)
+            unfinished = 0
+            for key in keys | set(datas):
+                try:
+                    unfinished += self._sweep_upload(
+                        key, datas.get(key, []), stale_after, keep_receipts
+                    )
+                except (FlowError, OSError) as error:  # the others want their turn
+                    self.warnings.append(
+                        f"upload {key} can't be brought in order: {error}"
+                    )
+            self.open_uploads = unfinished
 
     def close(self) -> None:
         """Give back what is kept open; a later call opens it again."""
@@ -1596,8 +1631,8 @@ class Store:
         except OSError:
             self.disk.links = False
             self.warnings.append(
-                "This file system has no hard links: names are checked under a lock, and"
-                " another program may take one in between."
+                "This file system has no hard links: names are checked under a lock,"
+                " and another program may take one in between."
             )
         finally:
             self.disk.close(fd)
@@ -1617,9 +1652,9 @@ class Store:
         parent = self.upload_dir
         for word in path.split("/")[:-1]:
             folder = os.path.join(parent, word)
-            self.disk.make_folder(folder)
+            is_new = self.disk.make_folder(folder)
             self._require_folder(folder, word)
-            if folder not in self._flushed_folders:
+            if is_new or folder not in self._flushed_folders:
                 with self._folder(parent) as above:
                     self.disk.flush_folder(above)
                 if len(self._flushed_folders) > 10000:
@@ -1725,7 +1760,7 @@ class Store:
                     self._rest(ledger)
 
     def _rest(self, ledger: _Ledger) -> None:
-        """Keep a ledger open between chunks; on Windows an open file can't be removed."""
+        """Keep a ledger open between chunks, where an open file can be removed."""
         self._idle[ledger.key] = ledger
         while len(self._idle) > (_IDLE_LEDGERS if os.name != "nt" else 0):
             key, oldest = self._idle.popitem(last=False)
@@ -1733,7 +1768,7 @@ class Store:
             self.disk.close(oldest.fd)
 
     def _notice_fork(self) -> None:
-        """A forked child leaves its parent's descriptors be, and is a process itself."""
+        """Begin anew in a forked child: the descriptors are its parent's."""
         if self._pid != os.getpid():
             self._pid, self._token = os.getpid(), ""
             self._ledgers.clear()
@@ -1782,7 +1817,6 @@ class Store:
                     if not ledger.is_dead:
                         if opener is not None and not ledger.generation:
                             self._open_upload(ledger, upload, opener, ())
-                            self.open_uploads += 1
                         yield ledger if ledger.generation else None
                         return
             finally:
@@ -1805,6 +1839,11 @@ class Store:
             "ranges": ranges,
         }
         self._append(ledger, _ledger_line("upload", values))
+        self._count(1)
+
+    def _count(self, change: int) -> None:
+        with self._mutex:
+            self.open_uploads = max(0, self.open_uploads + change)
 
     def _append(self, ledger: _Ledger, lines: bytes) -> None:
         """Write lines and take them as read; a half-written line is cut off later."""
@@ -1816,7 +1855,7 @@ class Store:
         ledger.read_lines(lines)
 
     def _flush_ledger(self, ledger: _Ledger) -> None:
-        """Return when the lines written so far are on the disk; threads share a flush."""
+        """Return when the lines so far are on the disk; threads share a flush."""
         wanted = ledger.offset
         with ledger.flushing:
             if ledger.flushed < wanted:
@@ -1829,7 +1868,7 @@ class Store:
                 ledger.flushed = reached
 
     def _flush_data(self, ledger: _Ledger) -> None:
-        """Return when the bytes written so far are on the disk; threads share a flush."""
+        """Return when the bytes so far are on the disk; threads share a flush."""
         wanted = ledger.writes
         with ledger.flushing:
             if ledger.flushed_writes < wanted:
@@ -1938,7 +1977,9 @@ class Store:
         """
         given = dict(fields) if self._announce else {}
         path = self._published_already(ledger) or self._publish_safely(ledger, given)
-        kept = next((f for name, _, f in reversed(ledger.intents) if name == path), given)
+        kept = next(
+            (f for name, _, f in reversed(ledger.intents) if name == path), given
+        )
         status = self.disk.stat_path(os.path.join(self.upload_dir, path))
         inode, modified = (status.st_ino, status.st_mtime_ns) if status else (0, 0)
         is_announced = self._announce is None
@@ -1949,12 +1990,14 @@ class Store:
         self._append(ledger, _ledger_line("finished", finished._asdict()))
         self._flush_ledger(ledger)
         self.disk.unlink(self._data_path(ledger))
-        self.open_uploads = max(0, self.open_uploads - 1)
+        self._count(-1)
 
     def _publish_safely(self, ledger: _Ledger, fields: Dict[str, str]) -> str:
-        """Publish; an upload that can't ever be published is dropped with the refusal."""
+        """Publish; drop the upload when it can never be published."""
         if self.disk.stat(self._data(ledger)).st_size != ledger.upload.size:
-            self._forget(ledger)  # a power cut without sync: the ledger outlived the data
+            self._forget(
+                ledger
+            )  # a power cut without sync: the ledger outlived the data
             raise Trouble("Stored bytes of this file were lost; please send it again.")
         try:
             return self._publish(ledger, fields)
@@ -1963,10 +2006,13 @@ class Store:
             raise
 
     def _published_already(self, ledger: _Ledger) -> str:
-        """Return the name that a crash left the data file under; "" when there is none."""
+        """Return the name that a crash left the data file under, or ""."""
         for path, inode, _ in reversed(ledger.intents):
             status = self.disk.stat_path(os.path.join(self.upload_dir, path))
-            if status and (status.st_ino, status.st_size) == (inode, ledger.upload.size):
+            if status and (status.st_ino, status.st_size) == (
+                inode,
+                ledger.upload.size,
+            ):
                 with self._target_folder(path) as folder:
                     self.disk.flush_folder(folder)
                 return path
@@ -2048,7 +2094,10 @@ class Store:
 
     def _give_name(self, source: str, folder: Folder, name: str) -> None:
         if self._on_conflict == "replace":
-            self.disk.replace(source, folder, name)
+            try:
+                self.disk.replace(source, folder, name)
+            except (IsADirectoryError, NotADirectoryError) as error:
+                raise _taken(name) from error
             return
         if self.disk.links or os.name == "nt":
             self.disk.publish(source, folder, name)
@@ -2080,7 +2129,9 @@ class Store:
         final = os.path.join(self.upload_dir, *upload.path.split("/"))
         name_and_size = (upload.path, name, upload.size)
         who = (upload.owner, upload.identifier)
-        done = Done(f"{upload.key}-{secrets.token_hex(8)}", final, *name_and_size, *who, {})
+        done = Done(
+            f"{upload.key}-{secrets.token_hex(8)}", final, *name_and_size, *who, {}
+        )
         return Progress(upload.size, upload.size, done, is_new)
 
     def _name_part(
@@ -2125,9 +2176,9 @@ class Store:
     # Cleaning
 
     def _forget(self, ledger: _Ledger) -> None:
-        """Drop the upload; an empty ledger is none, so this needs no space on the disk."""
-        if not ledger.finished:
-            self.open_uploads = max(0, self.open_uploads - 1)
+        """Drop the upload; an empty ledger is none, so this needs no free space."""
+        if ledger.generation and not ledger.finished:
+            self._count(-1)
         self.disk.truncate(ledger.fd, 0)
         self.disk.unlink(self._data_path(ledger))
         self.disk.unlink(self._path(ledger.key + ".ledger"))
@@ -2242,7 +2293,9 @@ class Receiving:
     def _find_way(self) -> _Way:
         """Choose how the bytes get where they belong."""
         is_whole = self.end - self.start == self.upload.size
-        with self.store._entered(self.upload, None if is_whole else self.sender) as ledger:
+        with self.store._entered(
+            self.upload, None if is_whole else self.sender
+        ) as ledger:
             if ledger is None:
                 self._refuse_taken(is_whole)
                 return _Aside(self, None)
@@ -2284,7 +2337,7 @@ class Receiving:
     def _begin_afresh(
         self, ledger: _Ledger, ranges: Sequence[Tuple[int, int, str]]
     ) -> None:
-        """Open a new upload in the ledger of a finished one, with `ranges` of its file."""
+        """Open a new upload in a finished one's ledger, with `ranges` of its file."""
         store, generation = self.store, secrets.token_hex(8)
         path = store._path(f"{ledger.key}-{generation}.data")
         fd = store.disk.open(path, os.O_RDWR | os.O_CREAT)
@@ -2302,7 +2355,6 @@ class Receiving:
             store.disk.unlink(path)
             raise
         store._exchange_data(ledger, fd)
-        store.open_uploads += 1
 
     def write(self, block: Union[bytes, memoryview]) -> None:
         """Take the next bytes.
@@ -2332,14 +2384,17 @@ class Receiving:
         with store._locked(ledger):
             if ledger.generation == old.generation and not ledger.is_dead:
                 self._begin_afresh(ledger, self._noted(ledger))
-        self._way = self._find_way()
-        for low in range(self.start, old.position, BLOCK_SIZE):
-            size = min(BLOCK_SIZE, old.position - low)
-            self.write(store.disk.read(old.fd, size, low))
-        old.close()
+        try:
+            self._way = self._find_way()
+            for low in range(self.start, old.position, BLOCK_SIZE):
+                size = min(BLOCK_SIZE, old.position - low)
+                self.write(store.disk.read(old.fd, size, low))
+        finally:
+            if self._way is not old:
+                old.close()
 
     def _noted(self, ledger: _Ledger) -> List[Tuple[int, int, str]]:
-        """Return the ranges that this sender sent again lately, except for this body's."""
+        """Return the ranges that this sender sent again lately, but for this one."""
         mine = [note for note in ledger.notes if note[2] == self.sender]
         noted, limit = Ranges(), self.store._clock() - _NOTE_SECONDS
         for low, high, sender, when in mine:
@@ -2351,7 +2406,7 @@ class Receiving:
         return list(noted)
 
     def commit(self, fields: Optional[Mapping[str, str]] = None) -> Progress:
-        """Record the bytes; raises Truncated, Conflict or Trouble, and then did nothing.
+        """Record the bytes; raises Truncated, Conflict or Trouble, having done nothing.
 
         When it returns, they survive a power cut (with sync).
         """
@@ -2448,12 +2503,12 @@ class _InPlace(_Way):
                 gaps = self.ledger.ranges.gaps(start, end)
                 for low, high in gaps:
                     data = self.store._data(self.ledger)
-                    self.disk.write(data, block[low - start:high - start], low)
+                    self.disk.write(data, block[low - start : high - start], low)
                     self.ledger.writes += 1
                 self.position = end
         recorded = start
         for low, high in gaps + [(end, end)]:
-            self._compare(block[recorded - start:low - start], recorded)
+            self._compare(block[recorded - start : low - start], recorded)
             recorded = high
         self.position = end
         return True
@@ -2517,8 +2572,8 @@ class _Aside(_Way):
     """Into a private file first: a whole file, or a second attempt at a range."""
 
     def __init__(self, body: Receiving, ledger: Optional[_Ledger]) -> None:
+        self.path, self.fd = body.store.new_part()
         super().__init__(body, ledger)
-        self.path, self.fd = self.store.new_part()
 
     def write(self, block: memoryview) -> bool:
         self.disk.write(self.fd, block, self.position - self.body.start)
@@ -2609,14 +2664,13 @@ class _Aside(_Way):
 
 
 class _Repeated(_Way):
-    """Compared with the file that is finished already; the old answer, or a new upload."""
+    """Compared with the finished file: the old answer, or a new upload."""
 
     def __init__(self, body: Receiving, ledger: _Ledger) -> None:
+        assert ledger.finished is not None
+        path = os.path.join(body.store.upload_dir, ledger.finished.path)
+        self.fd = body.store.disk.open(path, os.O_RDONLY)
         super().__init__(body, ledger)
-        finished = ledger.finished
-        assert finished is not None
-        path = os.path.join(self.store.upload_dir, finished.path)
-        self.fd = self.disk.open(path, os.O_RDONLY)
 
     def write(self, block: memoryview) -> bool:
         if not self.store._is_equal(self.fd, block, self.position):
@@ -3183,7 +3237,7 @@ window.ondrop = event => {
 };
 $('#limit').textContent = settings.maxFileSize ? limit : '';
 $('#version').textContent = `flowserver ${settings.version}`;
-</script></body></html>"""
+</script></body></html>"""  # noqa: E501
 
 
 # ---- application ---------------------------------------------------------------------
@@ -3317,6 +3371,7 @@ class Users:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self._hashing = threading.Lock()
         self._stamp: Tuple[int, ...] = ()
         self._hashes: Dict[str, str] = {}
         self._verified: Dict[bytes, str] = {}
@@ -3345,11 +3400,13 @@ class Users:
         name as for a wrong password.
         """
         digest = hashlib.blake2b(header.encode("latin-1", "replace"), key=self._key)
-        with self._lock:  # one hash at a time, whatever comes
+        with self._lock:
             self._load()
             name = self._verified.get(digest.digest())
-            if name is None:
+        if name is None:
+            with self._hashing:  # one at a time, so that guessing can't take every core
                 name = self._verify(*_credentials(header))
+            with self._lock:
                 if len(self._verified) > 1000:
                     self._verified.clear()
                 self._verified[digest.digest()] = name
@@ -3389,10 +3446,10 @@ class UploadApp:
 
     `on_complete(done)` is called when a file is in place, before the answer; when it
     raises, the log says so and the file stays.  `authorize(request)` returns a sentence
-    to refuse the request with, or nothing.  `owner(request)` returns whose upload it is;
-    no one else sees, continues or cancels it.  `place(incoming)` returns the path below
-    upload_dir for a file, the same each time it is asked for the same upload; it is
-    checked like a client's.  Starts no thread; raises SettingsError and Trouble.
+    to refuse the request with, or nothing.  `owner(request)` returns whose upload it
+    is; no one else sees, continues or cancels it.  `place(incoming)` returns the path
+    below upload_dir for a file, the same each time it is asked for the same upload; it
+    is checked like a client's.  Starts no thread; raises SettingsError and Trouble.
     """
 
     def __init__(
@@ -3411,7 +3468,9 @@ class UploadApp:
         self._authorize = authorize
         self._owner = owner
         self._place = place
-        self._users = Users(self.settings.users_file) if self.settings.users_file else None
+        self._users = (
+            Users(self.settings.users_file) if self.settings.users_file else None
+        )
         self._has_warned_of_proxy = False
         self._clock = clock
         self._avoided = os.path.basename(self.settings.temp_dir) or ".flowserver"
@@ -3423,13 +3482,13 @@ class UploadApp:
             Disk(self.settings.sync),
             self._completed if on_complete else None,
         )
-        for warning in self.store.warnings:
-            self.log.warning("%s", warning)
         self.sweep()
 
     def sweep(self) -> None:
         """Finish what a crash left and remove what is stale; for now and then."""
         self.store.sweep(self.settings.stale_after, self.settings.keep_receipts)
+        while self.store.warnings:
+            self.log.warning("%s", self.store.warnings.pop(0))
 
     def close(self) -> None:
         """Give back what is kept open."""
@@ -3463,7 +3522,7 @@ class UploadApp:
         if request.path == "/health":
             return self._health()
         if request.path.startswith("/sample/") and self.settings.sample_dir:
-            return self._sample(request.path[len("/sample/"):])
+            return self._sample(request.path[len("/sample/") :])
         raise Missing("There is nothing at this address.")
 
     def _refusal(self, error: FlowError, dialect: Optional[Dialect]) -> Response:
@@ -3483,16 +3542,19 @@ class UploadApp:
             return response._replace(headers=response.headers + (("Allow", _METHODS),))
         return response
 
-    def _log_request(self, request: Request, response: Response, seconds: float) -> None:
+    def _log_request(
+        self, request: Request, response: Response, seconds: float
+    ) -> None:
         if self.log.isEnabledFor(logging.INFO):
             self.log.info(
-                "%s %s %s %d %d bytes %.3f s",
+                "%s %s %s %d %d bytes %.3f s%s",
                 request.client or "-",
                 request.method,
                 printable(request.path)[1:-1],
                 response.status,
                 max(request.length, 0),
                 seconds,
+                " " + response.body.decode() if response.status >= 400 else "",
             )
 
     # Who may do what
@@ -3510,8 +3572,8 @@ class UploadApp:
                     request.client,
                 )
             return request
-        # Each proxy adds whom it saw at the end; whoever stands before the last one that
-        # is not trusted may be anybody's invention.
+        # Each proxy adds whom it saw at the end; whoever stands before the last one
+        # that is not trusted may be anybody's invention.
         addresses = [word.strip() for word in forwarded.split(",") if word.strip()]
         client = request.client
         while addresses and self._is_trusted(client):
@@ -3558,7 +3620,9 @@ class UploadApp:
         return origin.lower() == f"{request.scheme}://{_seen_host(request)}".lower()
 
     def _is_allowed(self, origin: str) -> bool:
-        return origin in self.settings.allow_origins or "*" in self.settings.allow_origins
+        return (
+            origin in self.settings.allow_origins or "*" in self.settings.allow_origins
+        )
 
     def _check_authorized(self, request: Request) -> None:
         if self._users:
@@ -3648,7 +3712,9 @@ class UploadApp:
     def _delete(self, request: Request, form: _Form) -> Response:
         if form.dialect is None:
             raise Malformed("The upload to cancel is not named.")
-        upload, sender = self._upload_of(request, parse_chunk(form.dialect, form.parameters))
+        upload, sender = self._upload_of(
+            request, parse_chunk(form.dialect, form.parameters)
+        )
         if self.store.forget(upload, sender):
             self.log.info("%s cancelled %s", request.client, printable(upload.path))
         return Response(204, _JSON_HEADERS[1:], b"")
@@ -3673,7 +3739,11 @@ class UploadApp:
                 raise _mismatch("chunk", received, chunk.length)
             progress = body.commit(form.other_fields())
         if progress.done is None:
-            values = {"success": True, "status": "partial", "received": progress.received}
+            values = {
+                "success": True,
+                "status": "partial",
+                "received": progress.received,
+            }
             return _json(200, dict(values, size=progress.size))
         if progress.is_new:
             seconds = time.time() - progress.began if progress.began else 0.0
@@ -3735,6 +3805,8 @@ class UploadApp:
     def _check_length(self, request: Request) -> None:
         """Refuse by the head alone what is too long, before a byte has travelled."""
         limit = self.settings.max_chunk_size
+        if request.length < 0:
+            raise Malformed("The request must say how long its body is.")
         if limit and request.length > limit + _MULTIPART_ALLOWANCE:
             raise TooLarge(
                 f"The chunk has about {request.length} bytes; this server takes at most"
@@ -3763,7 +3835,11 @@ class UploadApp:
                 f"The server has {most} unfinished uploads already (max_uploads)."
             )
         floor = self.settings.min_free_space
-        if floor and self._free() - upload.size < floor and not self.store.knows(upload):
+        if (
+            floor
+            and self._free() - upload.size < floor
+            and not self.store.knows(upload)
+        ):
             raise TooLarge(
                 f"The disk has no room for {upload.size} bytes at the moment."
             )
@@ -3790,7 +3866,8 @@ class UploadApp:
         }
         body = page(settings, nonce).encode()
         policy = (
-            f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}';"
+            f"default-src 'none'; style-src 'nonce-{nonce}';"
+            f" script-src 'nonce-{nonce}';"
             " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
             " frame-ancestors 'none'"
         )
@@ -3808,7 +3885,7 @@ class UploadApp:
         )
 
     def _sample(self, path: str) -> Response:
-        """Serve a sample file of a known type; nothing hidden, no folder but the first."""
+        """Serve a sample file of a known type; nothing hidden, no listing."""
         folder = os.path.join(_home_folder(), self.settings.sample_dir)
         if not path:
             return self._sample_list(folder)
@@ -3829,8 +3906,12 @@ class UploadApp:
     def _sample_list(self, folder: str) -> Response:
         with contextlib.suppress(OSError):
             names = sorted(n for n in os.listdir(folder) if n.endswith(".html"))
-            links = (f'<li><a href="{html.escape(n)}">{html.escape(n)}</a>' for n in names)
-            body = "<!doctype html><title>Samples</title><ul>" + "".join(links) + "</ul>"
+            links = (
+                f'<li><a href="{html.escape(n)}">{html.escape(n)}</a>' for n in names
+            )
+            body = (
+                "<!doctype html><title>Samples</title><ul>" + "".join(links) + "</ul>"
+            )
             return Response(200, _html_headers("default-src 'none'"), body.encode())
         raise Missing("There is no folder of samples.")
 
@@ -3913,7 +3994,7 @@ def _wsgi_request(environ: Mapping[str, Any]) -> Request:
 
 
 class _Form:
-    """The parameters of one request, from its address and its body, and the file in it."""
+    """The parameters of one request, from address and body, and the file in it."""
 
     def __init__(self, request: Request, prefix: str) -> None:
         self.request = request
@@ -3957,8 +4038,6 @@ class _Form:
     def _wire(self) -> Iterator[Tuple[Union[bytes, bytearray], int]]:
         """Yield the body as it comes: a buffer, and how many bytes of it count."""
         request, left = self.request, self.request.length
-        if left < 0:
-            raise Malformed("The request does not say how long it is.")
         while left:
             if request.fill:
                 buffer, size = request.fill()
@@ -3983,7 +4062,7 @@ class _Form:
     def _form_blocks(
         self, parser: MultipartParser
     ) -> Iterator[Union[bytes, memoryview]]:
-        """Yield b"" when the file begins, then its blocks; fields are taken on the way."""
+        """Yield b"" when the file begins, then its blocks; take fields on the way."""
         name, value = "", bytearray()
         is_file = seen_file = False
         for buffer, size in self._wire():
@@ -4051,8 +4130,8 @@ def find_config(named: Optional[str]) -> str:
 
 # ---- HTTP server ---------------------------------------------------------------------
 # Law: a strict shell round the application.  A request is what RFC 9112 says or it is
-# refused and the connection closed; a body that was not read is never taken for the next
-# request; every wait has an end.
+# refused and the connection closed; a body that was not read is never taken for the
+# next request; every wait has an end.
 
 _MAX_HEAD_SIZE = 64 * 1024  # flow.js writes names and paths into the address, encoded
 _MAX_LINE_SIZE = 32 * 1024
@@ -4092,8 +4171,8 @@ class Head(NamedTuple):
 def parse_head(head: bytes) -> Head:
     """Return what a head says, which ends with an empty line; raises _BadHead.
 
-    RFC 9112 in its strictest reading: no bare CR or LF, no folded lines, no blank before
-    the colon, one Content-Length of digits alone, no Transfer-Encoding.
+    RFC 9112 in its strictest reading: no bare CR or LF, no folded lines, no blank
+    before the colon, one Content-Length of digits alone, no Transfer-Encoding.
     """
     line, _, rest = head.decode("latin-1").partition("\r\n")
     if len(line) > _MAX_LINE_SIZE:
@@ -4160,12 +4239,18 @@ class _Wire:
     def read_head(self) -> bytes:
         """Return the bytes up to the empty line; b"" when the client went away."""
         deadline = time.monotonic() + self.timeout
-        self.pending = self.pending.lstrip(b"\r\n") if self.pending else b""
         searched = 0
         while True:
+            while self.pending.startswith(
+                b"\r\n"
+            ):  # RFC 9112 2.2: an empty line or two
+                self.pending, searched = self.pending[2:], 0
             found = self.pending.find(b"\r\n\r\n", max(0, searched - 3))
             if found >= 0:
-                head, self.pending = self.pending[:found + 4], self.pending[found + 4:]
+                head, self.pending = (
+                    self.pending[: found + 4],
+                    self.pending[found + 4 :],
+                )
                 return head
             searched = len(self.pending)
             if searched > _MAX_HEAD_SIZE:
@@ -4192,8 +4277,8 @@ class _Wire:
             self._wants_100 = False
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self.pending:
-            block = self.pending[:self.remaining]
-            self.pending = self.pending[len(block):]
+            block = self.pending[: self.remaining]
+            self.pending = self.pending[len(block) :]
             self.remaining -= len(block)
             return block, len(block)
         if self._buffer is None:
@@ -4378,7 +4463,9 @@ class FlowHandlerMixin:
             path=self.uploads.settings.upload_path,
             query=self.path.partition("?")[2],
             headers=headers,
-            length=int(lengths[0]) if is_clear and _LENGTH.fullmatch(lengths[0]) else -1,
+            length=int(lengths[0])
+            if is_clear and _LENGTH.fullmatch(lengths[0])
+            else -1,
             read=self.rfile.read,
             client=self.client_address[0],
         )
@@ -4423,7 +4510,9 @@ class FlowServer(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind without asking the DNS for a name, as http.server would."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+        self.socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix"
+        )
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.socket.getsockname()[:2]
@@ -4432,7 +4521,9 @@ class FlowServer(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         """The address of this server for a browser on this machine."""
         scheme = "https" if self.tls is not None else "http"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
+            self.server_name, self.server_name
+        )
         return f"{scheme}://{_bracketed(host)}:{self.server_port}"
 
     def __enter__(self) -> FlowServer:
@@ -4453,7 +4544,8 @@ class FlowServer(http.server.ThreadingHTTPServer):
         """Take no new requests, give those running a few seconds, and end."""
         self.is_stopping = True
         self._stopped.set()
-        self.shutdown()
+        if self._threads:
+            self.shutdown()
         self.server_close()
         deadline = time.monotonic() + _GRACE_SECONDS
         while time.monotonic() < deadline:
@@ -4663,7 +4755,9 @@ def _add_user(settings: Settings, name: str) -> int:
     """Put a user into users_file, or give one another password."""
     path = settings.users_file
     if not path:
-        raise SettingsError("Say where users are kept: set users_file in conf.ini first.")
+        raise SettingsError(
+            "Say where users are kept: set users_file in conf.ini first."
+        )
     if not name or ":" in name or not name.isprintable():
         raise SettingsError(f"{printable(name)} can't be the name of a user.")
     if sys.stdin.isatty():
@@ -4718,7 +4812,10 @@ def _trials(store: Store, settings: Settings) -> Iterator[Tuple[bool, str]]:
     yield True, f"a flush takes {seconds * 1000:.2f} ms (sync is {settings.sync})"
     free = store.disk.free_space(store.upload_dir)
     is_enough = free > settings.min_free_space
-    yield is_enough, f"{free >> 20} MiB are free (min_free_space is enough: {is_enough})"
+    yield (
+        is_enough,
+        f"{free >> 20} MiB are free (min_free_space is enough: {is_enough})",
+    )
     yield _clock_is_steady(store), "the clock of the file system agrees with ours"
 
 
@@ -4789,9 +4886,13 @@ def _other_addresses(server: FlowServer) -> List[str]:
         return []
     found = []
     with contextlib.suppress(OSError):
-        for entry in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
+        for entry in socket.getaddrinfo(
+            socket.gethostname(), None, type=socket.SOCK_STREAM
+        ):
             host = str(entry[4][0]).partition("%")[0]
-            url = server.url.replace("127.0.0.1", host).replace("[::1]", _bracketed(host))
+            url = server.url.replace("127.0.0.1", host).replace(
+                "[::1]", _bracketed(host)
+            )
             is_possible = server.server_name == "::" or ":" not in host
             if is_possible and url != server.url and url not in found:
                 found.append(url)
