@@ -469,7 +469,7 @@ _PARAMETER = re.compile(
     # FormData).
     rf'[ \t]*;[ \t]*({_TOKEN})=(?:"((?:\\"|[^"])*)"|({_TOKEN}))[ \t]*(?=;|$)'
 )
-_PART_HEADER = re.compile(rf"({_TOKEN}):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_PART_HEADER = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 _IDENTITIES = ("", "binary", "8bit", "7bit")
 
 
@@ -786,18 +786,26 @@ class Chunk(NamedTuple):
         return bool(_SECRET_IDENTIFIER.match(self.identifier))
 
 
+def add_parameter(parameters: Dict[str, str], name: str, value: str) -> None:
+    """Set a parameter; raises Malformed when it has another value already."""
+    if parameters.setdefault(name, value) != value:
+        raise Malformed(f"The parameter {printable(name[:80])} has two values.")
+
+
 def unprefixed(parameters: Mapping[str, str], prefix: str) -> Dict[str, str]:
-    """Return the parameters with `prefix` taken off where it stands.
+    """Return the parameters with `prefix` taken off where it stands; raises Malformed.
 
     ``up_resumableIdentifier`` becomes resumable.js's own name (its parameterNamespace).
     """
-    if not prefix:
-        return dict(parameters)
-    return {_without(name, prefix): value for name, value in parameters.items()}
+    plain: Dict[str, str] = {}
+    for name, value in parameters.items():
+        add_parameter(plain, without_prefix(name, prefix), value)
+    return plain
 
 
-def _without(name: str, prefix: str) -> str:
-    return name[len(prefix) :] if name.startswith(prefix) else name
+def without_prefix(name: str, prefix: str) -> str:
+    """Return a parameter's name without the prefix of the settings."""
+    return name[len(prefix) :] if prefix and name.startswith(prefix) else name
 
 
 def recognise(names: Iterable[str]) -> Optional[Dialect]:
@@ -893,6 +901,7 @@ _RESERVED = re.compile(
     r"[ ]*(\..*)?",
     re.IGNORECASE | re.DOTALL,
 )
+_INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 _MAX_NAME_SIZE = 255  # bytes, on ext4, XFS, APFS and NTFS alike
 _MAX_PATH_SIZE = 2048  # bytes; PATH_MAX is 4096 and upload_dir comes before it
 _MAX_DEPTH = 40
@@ -904,6 +913,8 @@ def safe_path(path: str, avoid: str = ".flowserver") -> str:
     Separators of both kinds count; `avoid` is the name of a folder of ours.  Raises
     Malformed for a path that leads outside, is empty, too long or too deep.
     """
+    if len(path) > _MAX_PATH_SIZE:  # first: what follows is not for megabytes
+        raise Malformed("The path of the file is too long.")
     words = [word for word in re.split(r"[/\\]", path) if word not in ("", ".")]
     if ".." in (word.strip(" ") for word in words):
         raise Malformed(
@@ -919,11 +930,23 @@ def safe_path(path: str, avoid: str = ".flowserver") -> str:
 
 def safe_name(name: str, avoid: str = ".flowserver") -> str:
     """Return a name for a file or folder that is harmless on every system."""
-    name = _UNSAFE.sub("_", unicodedata.normalize("NFC", name))
-    name = re.sub(r"[. ]+$", "_", name.lstrip(" ")) or "_"
-    if _RESERVED.fullmatch(name) or name.casefold() == avoid.casefold():
+    name = _UNSAFE.sub("_", unicodedata.normalize("NFC", name)).lstrip(" ")
+    if _RESERVED.fullmatch(name) or _is_ours(name, avoid):
         name = "_" + name
-    return _shortened(name, "")
+    name = _shortened(name, "") or "_"
+    stripped = name.rstrip(". ")  # which Windows would do by itself
+    return name if name == stripped else stripped + "_"
+
+
+def _is_ours(name: str, avoid: str) -> bool:
+    """Whether some system takes a name for our folder's.
+
+    HFS+ passes over characters of no width (CVE-2014-9390), and Windows knows a folder
+    by a name of eight letters as well.
+    """
+    seen = _INVISIBLE.sub("", name).casefold().rstrip(". ")
+    short = re.escape(avoid.casefold().replace(".", "")[:6])
+    return seen == avoid.casefold() or bool(re.match(short + "~[0-9]", seen))
 
 
 def numbered(name: str, number: int) -> str:
@@ -3337,12 +3360,6 @@ def _unquoted(text: str) -> str:
     return urllib.parse.unquote_plus(text, errors="strict")
 
 
-def add_parameter(parameters: Dict[str, str], name: str, value: str) -> None:
-    """Set a parameter; raises Malformed when it has another value already."""
-    if parameters.setdefault(name, value) != value:
-        raise Malformed(f"The parameter {printable(name[:80])} has two values.")
-
-
 class Incoming(NamedTuple):
     """An upload whose place is asked for; `fields` are what else the form held."""
 
@@ -3473,6 +3490,7 @@ class UploadApp:
         )
         self._has_warned_of_proxy = False
         self._clock = clock
+        _require_apart(self.settings)
         self._avoided = os.path.basename(self.settings.temp_dir) or ".flowserver"
         self._free_space = (0, -1e9)  # bytes, and when they were counted
         self.store = store or Store(
@@ -3948,6 +3966,26 @@ def _html_headers(policy: str) -> Tuple[Tuple[str, str], ...]:
     return (kind, ("Content-Security-Policy", policy)) + _PAGE_HEADERS
 
 
+def _require_apart(settings: Settings, config: str = "") -> None:
+    """Raise SettingsError when files of ours lie where clients may put theirs."""
+    ours = {
+        "flowserver.py": os.path.abspath(__file__),
+        "conf.ini": config,
+        "sample_dir": os.path.join(_home_folder(), settings.sample_dir or "."),
+        "users_file": settings.users_file,
+        "log_file": settings.log_file,
+        "certificate": settings.certificate,
+        "private_key": settings.private_key,
+    }
+    folder = os.path.join(os.path.realpath(settings.upload_dir), "")
+    for name, path in ours.items():
+        if path and os.path.join(os.path.realpath(path), "").startswith(folder):
+            raise SettingsError(
+                f"upload_dir {folder} holds {name} ({path}), which clients could then"
+                " replace; give uploads a folder of their own."
+            )
+
+
 def _home_folder() -> str:
     return os.path.dirname(os.path.abspath(__file__))
 
@@ -4096,7 +4134,11 @@ class _Form:
         except UnicodeDecodeError as error:
             raise Malformed("A text field of the form is not UTF-8.") from error
         known = self.dialect._asdict().values() if self.dialect else ()
-        if is_late and name not in self.given and _without(name, self.prefix) in known:
+        if (
+            is_late
+            and name not in self.given
+            and without_prefix(name, self.prefix) in known
+        ):
             raise Malformed("The parameters must come before the file.")
         add_parameter(self.given, name, text)
 
@@ -4106,7 +4148,7 @@ class _Form:
         return {
             name: value
             for name, value in self.given.items()
-            if _without(name, self.prefix) not in known
+            if without_prefix(name, self.prefix) not in known
         }
 
 
@@ -4144,8 +4186,9 @@ _GRACE_SECONDS = 5.0  # for running requests when the server stops
 _SWEEP_SECONDS = 300.0
 
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) HTTP/1\.([01])")
+# Blanks round the value are stripped later: matched here, they cost quadratic time.
 _HEADER_LINE = re.compile(
-    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)\r\n"
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)\r\n"
 )
 _LENGTH = re.compile("[0-9]{1,15}")
 
@@ -4188,19 +4231,20 @@ def parse_head(head: bytes) -> Head:
 
 def _parse_headers(text: str) -> Dict[str, str]:
     headers: Dict[str, str] = {}
-    position, end = 0, len(text) - 2
+    position, end, count = 0, len(text) - 2, 0
     while position < end:
         match = _HEADER_LINE.match(text, position)
         if not match:
             raise _BadHead(400, "A header of the request can't be read.")
-        name, value = match[1].lower(), match[2].rstrip(" \t")
+        name, value = match[1].lower(), match[2].strip(" \t")
         if name in headers:
             if name in _SINGLE_HEADERS:
                 raise _BadHead(400, f"The request has two headers {name}.")
             value = f"{headers[name]}, {value}"
         headers[name] = value
         position = match.end()
-        if len(headers) > _MAX_HEADERS or position > _MAX_HEAD_SIZE:
+        count += 1
+        if count > _MAX_HEADERS:
             raise _BadHead(431, "The request has too many headers.")
     return headers
 
@@ -4267,7 +4311,8 @@ class _Wire:
     def begin_body(self, head: Head) -> None:
         """The next bytes are the body of this request."""
         self.remaining = self._body_size = head.length
-        self._wants_100 = head.headers.get("expect", "").lower() == "100-continue"
+        expected = head.headers.get("expect", "").lower()
+        self._wants_100 = expected == "100-continue" and head.minor == 1
         self._body_began = time.monotonic()
         self.connection.settimeout(self.timeout)
 
@@ -4503,7 +4548,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()
         self._buffers: List[bytearray] = []
         self._stopped = threading.Event()
-        self._threads: List[threading.Thread] = []
+        self._workers: List[threading.Thread] = []
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         super().__init__((settings.host, settings.port), handler or FlowHandler)
@@ -4538,13 +4583,13 @@ class FlowServer(http.server.ThreadingHTTPServer):
         for work in (self.serve_forever, self._keep_sweeping):
             thread = threading.Thread(target=work, daemon=True)
             thread.start()
-            self._threads.append(thread)
+            self._workers.append(thread)
 
     def stop(self) -> None:
         """Take no new requests, give those running a few seconds, and end."""
         self.is_stopping = True
         self._stopped.set()
-        if self._threads:
+        if self._workers:
             self.shutdown()
         self.server_close()
         deadline = time.monotonic() + _GRACE_SECONDS
@@ -4676,6 +4721,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return _add_user(settings, user)
         if is_check:
             return _check(settings)
+        _require_apart(settings, find_config(config))
         _start_log(settings)
     except SettingsError as error:
         return _fail(2, str(error))
