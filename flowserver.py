@@ -1365,6 +1365,8 @@ class _Ledger:
         self.flushed = 0  # bytes of them known to be on the disk
         self.writes = 0  # to the data file, by this process
         self.flushed_writes = 0
+        self.failed_flushes = 0  # of the data file
+        self.is_suspect = False  # a flush of the lines failed
         self.is_torn = False  # what follows `offset` is no line
         self.is_dead = False  # forgotten; whoever wants this upload opens it anew
         self.begin({})
@@ -1614,6 +1616,12 @@ class Store:
                         f"upload {key} can't be brought in order: {error}"
                     )
             self.open_uploads = unfinished
+
+    def count(self) -> None:
+        """Count the unfinished uploads of all processes anew."""
+        with _explained():
+            names = self.disk.list(self._state_dir)
+        self.open_uploads = sum(name.endswith(".data") for name in names)
 
     def close(self) -> None:
         """Give back what is kept open; a later call opens it again."""
@@ -1881,29 +1889,41 @@ class Store:
         """Return when the lines so far are on the disk; threads share a flush."""
         wanted = ledger.offset
         with ledger.flushing:
-            if ledger.flushed < wanted:
-                reached = ledger.offset
-                self.disk.flush(ledger.fd)
-                if not ledger.is_named:
-                    with self._folder(self._state_dir) as folder:
-                        self.disk.flush_folder(folder)
-                    ledger.is_named = True
-                ledger.flushed = reached
+            if ledger.flushed >= wanted:
+                return
+            reached = ledger.offset
+            if (
+                ledger.is_suspect
+            ):  # the system may have given up lines: write them again
+                lines = self.disk.read(ledger.fd, reached, 0)
+                self.disk.write(ledger.fd, lines, 0)
+            ledger.is_suspect = True
+            self.disk.flush(ledger.fd)
+            if not ledger.is_named:
+                with self._folder(self._state_dir) as folder:
+                    self.disk.flush_folder(folder)
+                ledger.is_named = True
+            ledger.flushed, ledger.is_suspect = reached, False
 
     def _flush_data(self, ledger: _Ledger) -> None:
         """Return when the bytes so far are on the disk; threads share a flush."""
         wanted = ledger.writes
         with ledger.flushing:
-            if ledger.flushed_writes < wanted:
-                reached, fd = ledger.writes, ledger.data_fd
-                try:
-                    self.disk.flush(self._data(ledger) if fd is None else fd)
-                except OSError:
-                    # A failed flush is told once: nobody may trust what it covered.
-                    for attempt in list(ledger.attempts):
-                        attempt.is_broken = True
-                    raise
-                ledger.flushed_writes = reached
+            if ledger.flushed_writes >= wanted:
+                return
+            reached = ledger.writes
+            try:
+                self.disk.flush(self._data(ledger))
+            except OSError:
+                # The system tells a failed flush once: nobody may trust what it covered.
+                ledger.failed_flushes += 1
+                raise
+            ledger.flushed_writes = reached
+
+    def _require_flushed(self, ledger: _Ledger, failed_before: int) -> None:
+        """Raise Trouble when a flush failed that may have covered somebody's bytes."""
+        if ledger.failed_flushes != failed_before:
+            raise Trouble("The disk could not store the chunk; please try again.")
 
     # The data file
 
@@ -2495,7 +2515,7 @@ class _InPlace(_Way):
     def __init__(self, body: Receiving, ledger: _Ledger) -> None:
         super().__init__(body, ledger)
         self.claims = ledger.ranges.gaps(body.start, body.end)
-        self.is_broken = False  # a flush failed that covered bytes of ours
+        self.failed_flushes = ledger.failed_flushes
         self.is_overtaken = False  # others were recorded where ours had been written
         if self.claims:
             ledger.attempts.append(self)
@@ -2566,8 +2586,7 @@ class _InPlace(_Way):
             self.store._flush_data(ledger)
         with self.store._locked(ledger):
             self.require_alive()
-            if self.is_broken:
-                raise Trouble("The disk could not store the chunk; please try again.")
+            self.store._require_flushed(ledger, self.failed_flushes)
             if self.is_overtaken:
                 raise _different()
             gaps = [gap for claim in self.claims for gap in ledger.ranges.gaps(*claim)]
@@ -2652,9 +2671,11 @@ class _Aside(_Way):
             self._adopt(ledger)
             same = [start]
         else:
+            failed_flushes = ledger.failed_flushes
             same = [store._merge(ledger, self.fd, start, gap) for gap in gaps]
             if gaps:
                 store._flush_data(ledger)
+                store._require_flushed(ledger, failed_flushes)
         lines = [
             _ledger_line("range", a, b, upto, body.sender)
             for (a, b), upto in zip(gaps, same)
@@ -3273,6 +3294,7 @@ _MAX_FIELD_SIZE = 64 * 1024  # all text fields of a form together, in bytes
 _MAX_FIELDS = 200
 _MULTIPART_ALLOWANCE = 256 * 1024  # what a form may have beside the chunk, in bytes
 _FIGURE_SECONDS = 10
+_SWEEP_SECONDS = 300
 _ALLOWED_HEADERS = (
     "content-type, x-requested-with, cache-control, accept, authorization, x-mime-type,"
     " content-range, content-disposition, upload-length, upload-offset, upload-name"
@@ -3419,27 +3441,32 @@ class Users:
         digest = hashlib.blake2b(header.encode("latin-1", "replace"), key=self._key)
         with self._lock:
             self._load()
-            name = self._verified.get(digest.digest())
-        if name is None:
-            with self._hashing:  # one at a time, so that guessing can't take every core
-                name = self._verify(*_credentials(header))
-            with self._lock:
+            user = self._verified.get(digest.digest())
+            stamp, hashes = self._stamp, self._hashes
+        if user is not None:
+            return user
+        name, password = _credentials(header)
+        with self._hashing:  # one at a time, so that guessing can't take every core
+            self._verify(name, password, hashes)
+        with self._lock:
+            if (
+                stamp == self._stamp
+            ):  # else the password may have been changed meanwhile
                 if len(self._verified) > 1000:
                     self._verified.clear()
                 self._verified[digest.digest()] = name
         return name
 
-    def _verify(self, name: str, password: str) -> str:
-        kept = self._hashes.get(name, self._nobody)
+    def _verify(self, name: str, password: str, hashes: Mapping[str, str]) -> None:
+        kept = hashes.get(name, self._nobody)
         try:
             _, rounds, salt, _ = kept.split("$")
             given = hash_password(password, salt, int(rounds))
         except ValueError as error:
             raise Trouble("The file of users has a line that can't be read.") from error
         is_right = hmac.compare_digest(given.encode(), kept.encode())
-        if not is_right or name not in self._hashes:
+        if not is_right or name not in hashes:
             raise _login_required()
-        return name
 
 
 def _login_required() -> Unauthorized:
@@ -3503,10 +3530,25 @@ class UploadApp:
         self.sweep()
 
     def sweep(self) -> None:
-        """Finish what a crash left and remove what is stale; for now and then."""
+        """Finish what a crash left and remove what is stale; tidy() does it in time."""
+        self._swept = self._counted = self._clock()
         self.store.sweep(self.settings.stale_after, self.settings.keep_receipts)
         while self.store.warnings:
             self.log.warning("%s", self.store.warnings.pop(0))
+
+    def tidy(self) -> None:
+        """Sweep and count what is due; to be called every ten seconds or so.
+
+        FlowServer does, and under WSGI the end of a request does.
+        """
+        try:
+            if self._clock() - self._swept > _SWEEP_SECONDS:
+                self.sweep()
+            elif self._clock() - self._counted > _FIGURE_SECONDS:
+                self._counted = self._clock()
+                self.store.count()
+        except FlowError as error:
+            self.log.warning("can't clean up: %s", error)
 
     def close(self) -> None:
         """Give back what is kept open."""
@@ -3579,34 +3621,35 @@ class UploadApp:
 
     def _seen_through_proxies(self, request: Request) -> Request:
         """Return the request as the first trusted proxy saw it."""
-        forwarded = request.headers.get("x-forwarded-for", "")
-        if not forwarded and "x-forwarded-host" not in request.headers:
+        headers = request.headers
+        if not any(name in headers for name in _FORWARDED):
             return request
         if not self._is_trusted(request.client):
             if not self._has_warned_of_proxy:
                 self._has_warned_of_proxy = True
                 self.log.warning(
-                    "%s sends X-Forwarded-For, but is not among trusted_proxies",
+                    "%s sends X-Forwarded- headers, but is not among trusted_proxies",
                     request.client,
                 )
             return request
-        # Each proxy adds whom it saw at the end; whoever stands before the last one
-        # that is not trusted may be anybody's invention.
-        addresses = [word.strip() for word in forwarded.split(",") if word.strip()]
+        # Each proxy adds whom it saw at the end; whoever stands before the last one that
+        # is not trusted may be anybody's invention.
+        addresses = headers.get("x-forwarded-for", "").split(",")
         client = request.client
         while addresses and self._is_trusted(client):
-            client = addresses.pop()
-        scheme = request.headers.get("x-forwarded-proto", "").strip().lower()
+            address = _parse_address(addresses.pop())
+            if address is None:
+                break
+            client = str(address)
+        scheme = headers.get("x-forwarded-proto", "").partition(",")[0].strip().lower()
         if scheme not in ("http", "https"):
             scheme = request.scheme
-        return request._replace(client=client[:64], scheme=scheme, is_proxied=True)
+        return request._replace(client=client, scheme=scheme, is_proxied=True)
 
     def _is_trusted(self, address: str) -> bool:
-        try:
-            parsed = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        return any(parsed in network for network in self.settings.trusted_proxies)
+        parsed = _parse_address(address)
+        networks = self.settings.trusted_proxies
+        return parsed is not None and any(parsed in network for network in networks)
 
     def _check_host(self, request: Request) -> None:
         """Refuse a Host that is not ours: a foreign name that resolves to us.
@@ -3628,7 +3671,12 @@ class UploadApp:
         origin = request.headers.get("origin", "")
         if not origin or self._is_own_origin(request, origin):
             return
-        if not self._is_allowed(origin):
+        # Whom "*" lets in must not come with the password that a browser remembers.
+        has_credentials = (
+            "authorization" in request.headers or "cookie" in request.headers
+        )
+        is_named = origin in self.settings.allow_origins
+        if not is_named and (has_credentials or not self._is_allowed(origin)):
             raise Forbidden(
                 f"Pages of {printable(origin)} may not upload here; the setting"
                 " allow_origins names those that may."
@@ -3949,7 +3997,22 @@ class UploadApp:
         if response.status != 204:
             headers.append(("Content-Length", str(len(response.body))))
         start_response(f"{response.status} {phrase}", headers)
-        return [] if request.method == "HEAD" else [response.body]
+        body = b"" if request.method == "HEAD" else response.body
+        return _WsgiBody([body], self.tidy)
+
+
+class _WsgiBody:
+    """An answer's body; when it has been sent, the server calls close()."""
+
+    def __init__(self, blocks: Sequence[bytes], close: Callable[[], None]) -> None:
+        self._blocks = blocks
+        self.close = close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
 
 
 _SAMPLE_WORD = re.compile(r"[0-9A-Za-z@_-][0-9A-Za-z@._-]*")
@@ -3988,6 +4051,20 @@ def _require_apart(settings: Settings, config: str = "") -> None:
 
 def _home_folder() -> str:
     return os.path.dirname(os.path.abspath(__file__))
+
+
+_FORWARDED = ("x-forwarded-for", "x-forwarded-host", "x-forwarded-proto")
+
+
+def _parse_address(text: str) -> Any:
+    """Return an IP address, None when it is none; some proxies add the port."""
+    text = text.strip()
+    match = re.fullmatch(r"\[(.+)\](?::[0-9]+)?|([0-9.]+):[0-9]+", text)
+    try:
+        address = ipaddress.ip_address((match[1] or match[2]) if match else text)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def _host_name(host: str) -> str:
@@ -4183,7 +4260,6 @@ _MIN_DRAIN_RATE = 16 * 1024  # bytes/s of a body that is refused
 _DRAIN_SIZE = 64 * 1024 * 1024  # where max_chunk_size sets no other limit
 _LINGER_SECONDS = 2.0
 _GRACE_SECONDS = 5.0  # for running requests when the server stops
-_SWEEP_SECONDS = 300.0
 
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) HTTP/1\.([01])")
 # Blanks round the value are stripped later: matched here, they cost quadratic time.
@@ -4297,6 +4373,10 @@ class _Wire:
                 )
                 return head
             searched = len(self.pending)
+            if (
+                searched and not self.pending[:1].isalpha()
+            ):  # TLS, say: don't wait for it
+                raise _BadHead(400, "This is not HTTP.")
             if searched > _MAX_HEAD_SIZE:
                 raise _BadHead(431, "The head of the request is too long.")
             left = deadline - time.monotonic()
@@ -4391,15 +4471,18 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Prepare the connection; the handshake of TLS happens here, in its thread."""
-        connection: socket.socket = self.request
-        connection.settimeout(float(self.server.app.settings.timeout))
+        self.raw: socket.socket = self.request
+        self.connection = self.raw
+        self.raw.settimeout(float(self.server.app.settings.timeout))
         with contextlib.suppress(OSError):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if self.server.tls is not None:
-            connection = self.server.tls.wrap_socket(connection, server_side=True)
-            self.request = connection
-        self.connection = connection
-        self.wire = _Wire(connection, self.server)
+            self.connection = self.server.tls.wrap_socket(
+                self.raw, server_side=True, do_handshake_on_connect=False
+            )
+            with self.server.waiting(self.raw, self.connection):
+                self.connection.do_handshake()
+        self.wire = _Wire(self.connection, self.server)
 
     def handle(self) -> None:
         """Answer requests until the connection ends."""
@@ -4415,7 +4498,7 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
     def _handle_one(self) -> bool:
         """Answer one request; return whether another one may follow."""
         try:
-            with self.server.waiting(self.connection):
+            with self.server.waiting(self.raw, self.connection):
                 head = self.wire.read_head()
             if not head:
                 return False
@@ -4445,7 +4528,9 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
             query=query,
             headers=head.headers,
             length=head.length,
-            client=self.client_address[0],
+            client=str(
+                _parse_address(self.client_address[0]) or self.client_address[0]
+            ),
             scheme="https" if self.server.tls is not None else "http",
             is_loopback=self.server.is_loopback,
             fill=self.wire.fill,
@@ -4541,10 +4626,13 @@ class FlowServer(http.server.ThreadingHTTPServer):
         settings = app.settings
         self.app = app
         self.is_stopping = False
+        self.max_connections = min(settings.max_connections, _descriptor_room())
         self.tls = _tls_context(settings)
         self.is_loopback = bool(_LOOPBACK_NAME.fullmatch(_bracketed(settings.host)))
         self._connections: Dict[socket.socket, bool] = {}
-        self._waiting: Dict[socket.socket, bool] = {}  # the longest waiting one first
+        # Accepted sockets without a whole head, the longest waiting one first, and what
+        # they became (TLS wraps them).
+        self._waiting: Dict[socket.socket, socket.socket] = {}
         self._lock = threading.Lock()
         self._buffers: List[bytearray] = []
         self._stopped = threading.Event()
@@ -4580,7 +4668,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
 
     def start(self) -> None:
         """Serve in threads of its own, until stop()."""
-        for work in (self.serve_forever, self._keep_sweeping):
+        for work in (self.serve_forever, self._keep_tidy):
             thread = threading.Thread(target=work, daemon=True)
             thread.start()
             self._workers.append(thread)
@@ -4595,37 +4683,48 @@ class FlowServer(http.server.ThreadingHTTPServer):
         deadline = time.monotonic() + _GRACE_SECONDS
         while time.monotonic() < deadline:
             with self._lock:
-                for connection in self._waiting:
+                for connection in self._waiting.values():
                     _shut(connection)
                 if not self._connections:
                     break
             time.sleep(0.02)
         self.app.close()
 
-    def _keep_sweeping(self) -> None:
-        while not self._stopped.wait(_SWEEP_SECONDS):
-            try:
-                self.app.sweep()
-            except FlowError as error:
-                self.app.log.warning("can't clean up: %s", error)
+    def _keep_tidy(self) -> None:
+        while not self._stopped.wait(_FIGURE_SECONDS):
+            self.app.tidy()
 
     # Connections
+
+    def get_request(self) -> Any:
+        """Accept a connection; without a descriptor for it, don't try without a pause."""
+        try:
+            return super().get_request()
+        except OSError:
+            with self._lock:
+                self._shut_idlest()
+            time.sleep(0.05)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a new connection in a thread; at the limit the idlest gives way."""
         with self._lock:
-            is_full = len(self._connections) >= self.app.settings.max_connections
-            if is_full and self._waiting:
-                connection = next(iter(self._waiting))
-                del self._waiting[connection]
-                _shut(connection)
-                is_full = False
-            if not is_full:
+            is_full = len(self._connections) >= self.max_connections
+            if not is_full or self._shut_idlest():
                 self._connections[request] = True
+                self._waiting[request] = request
+                is_full = False
         if is_full:
             self._turn_away(request)
             return
         super().process_request(request, client_address)
+
+    def _shut_idlest(self) -> bool:
+        """Close what has waited longest; under the lock.  False when all are busy."""
+        if not self._waiting:
+            return False
+        _shut(self._waiting.pop(next(iter(self._waiting))))
+        return True
 
     def _turn_away(self, request: socket.socket) -> None:
         values = {"success": False, "error": "The server has too many connections."}
@@ -4639,6 +4738,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
         """Forget a connection that has ended."""
         with self._lock:
             self._connections.pop(request, None)
+            self._waiting.pop(request, None)
         with contextlib.suppress(OSError):
             request.close()
 
@@ -4655,15 +4755,16 @@ class FlowServer(http.server.ThreadingHTTPServer):
             self.app.log.exception("a connection ended with a bug of flowserver's")
 
     @contextlib.contextmanager
-    def waiting(self, connection: socket.socket) -> Iterator[None]:
-        """Count a connection as idle while it has no whole head."""
+    def waiting(self, raw: socket.socket, connection: socket.socket) -> Iterator[None]:
+        """Count an accepted socket as idle while it has no whole head."""
         with self._lock:
-            self._waiting[connection] = True
+            self._waiting.pop(raw, None)
+            self._waiting[raw] = connection
         try:
             yield
         finally:
             with self._lock:
-                self._waiting.pop(connection, None)
+                self._waiting.pop(raw, None)
 
     def take_buffer(self) -> bytearray:
         """Return a buffer for one body; give_buffer() lends it to the next."""
@@ -4677,6 +4778,19 @@ class FlowServer(http.server.ThreadingHTTPServer):
         with self._lock:
             if len(self._buffers) < 16:
                 self._buffers.append(buffer)
+
+
+def _descriptor_room() -> int:
+    """Return how many connections the limit of descriptors has room for.
+
+    A body under way needs its ledger and its data file beside the socket.
+    """
+    try:
+        import resource
+    except ImportError:
+        return sys.maxsize
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else max(8, (soft - 64) // 2)
 
 
 def _shut(connection: socket.socket) -> None:
@@ -4728,6 +4842,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OSError as error:
         return _fail(1, f"The log can't be written: {error}.")
     try:
+        _raise_descriptor_limit()
         server = FlowServer(UploadApp(settings))
     except SettingsError as error:
         return _fail(2, str(error))
@@ -4907,6 +5022,15 @@ def _warn_if_open(server: FlowServer) -> None:
         return
     print("Anybody who can reach this machine can now fill its disk with files.")
     print("Set users_file (--add-user NAME) or listen on 127.0.0.1.", flush=True)
+
+
+def _raise_descriptor_limit() -> None:
+    """Ask for as many open files as this process may have; the usual 1024 are few."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _serve(server: FlowServer) -> int:
