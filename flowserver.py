@@ -61,8 +61,12 @@ __all__ = [
     "Store",
     "Upload",
     "UploadApp",
+    "boundary_of",
     "create_app",
     "main",
+    "safe_path",
+    "upload_key",
+    "wsgi_request",
 ]
 
 import argparse
@@ -526,7 +530,7 @@ Event = Union[Part, memoryview, None]
 class MultipartParser:
     """A push parser for multipart/form-data::
 
-        parser = MultipartParser(boundary_of(content_type))
+        parser = MultipartParser(boundary)      # of boundary_of(content_type)
         for event in parser.feed(block): ...
         parser.close()
 
@@ -1915,7 +1919,7 @@ class Store:
             try:
                 self.disk.flush(self._data(ledger))
             except OSError:
-                # The system tells a failed flush once: nobody may trust what it covered.
+                # A failed flush is told once: nobody may trust what it covered.
                 ledger.failed_flushes += 1
                 raise
             ledger.flushed_writes = reached
@@ -3292,6 +3296,9 @@ _CHUNK_METHODS = ("POST", "PUT", "PATCH")
 _METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
 _MAX_FIELD_SIZE = 64 * 1024  # all text fields of a form together, in bytes
 _MAX_FIELDS = 200
+_MIN_DRAIN_RATE = 16 * 1024  # bytes/s of a body that is refused
+_DRAIN_SIZE = 64 * 1024 * 1024  # where max_chunk_size sets no other limit
+_LINGER_SECONDS = 2.0
 _MULTIPART_ALLOWANCE = 256 * 1024  # what a form may have beside the chunk, in bytes
 _FIGURE_SECONDS = 10
 _SWEEP_SECONDS = 300
@@ -3493,7 +3500,9 @@ class UploadApp:
     to refuse the request with, or nothing.  `owner(request)` returns whose upload it
     is; no one else sees, continues or cancels it.  `place(incoming)` returns the path
     below upload_dir for a file, the same each time it is asked for the same upload; it
-    is checked like a client's.  Starts no thread; raises SettingsError and Trouble.
+    is checked like a client's.  As a WSGI application it takes what is no other address
+    of ours for the upload address, unless `any_path` is off: a framework has chosen the
+    path already.  Starts no thread; raises SettingsError and Trouble.
     """
 
     def __init__(
@@ -3503,6 +3512,7 @@ class UploadApp:
         authorize: Optional[Callable[[Request], Optional[str]]] = None,
         owner: Optional[Callable[[Request], str]] = None,
         place: Optional[Callable[[Incoming], str]] = None,
+        any_path: bool = True,
         store: Optional[Store] = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -3512,6 +3522,7 @@ class UploadApp:
         self._authorize = authorize
         self._owner = owner
         self._place = place
+        self._any_path = any_path
         self._users = (
             Users(self.settings.users_file) if self.settings.users_file else None
         )
@@ -3632,8 +3643,8 @@ class UploadApp:
                     request.client,
                 )
             return request
-        # Each proxy adds whom it saw at the end; whoever stands before the last one that
-        # is not trusted may be anybody's invention.
+        # Each proxy adds whom it saw at the end; whoever stands before the last one
+        # that is not trusted may be anybody's invention.
         addresses = headers.get("x-forwarded-for", "").split(",")
         client = request.client
         while addresses and self._is_trusted(client):
@@ -3647,8 +3658,10 @@ class UploadApp:
         return request._replace(client=client, scheme=scheme, is_proxied=True)
 
     def _is_trusted(self, address: str) -> bool:
-        parsed = _parse_address(address)
         networks = self.settings.trusted_proxies
+        if not address:  # a proxy on a Unix socket, which has no address
+            return bool(networks)
+        parsed = _parse_address(address)
         return parsed is not None and any(parsed in network for network in networks)
 
     def _check_host(self, request: Request) -> None:
@@ -3983,15 +3996,37 @@ class UploadApp:
 
     # WSGI
 
+    def drain(self, request: Request) -> None:
+        """Read on what was refused, so that the client comes to read the answer.
+
+        A client that writes all before it reads would else see a reset connection.
+        """
+        if not isinstance(request.read, CountingReader):
+            return
+        limit = (self.settings.max_chunk_size or _DRAIN_SIZE) + _MULTIPART_ALLOWANCE
+        began, drained = self._clock(), 0
+        while request.read.left > 0 and drained < limit:
+            block = request.read(1 << 16)
+            drained += len(block)
+            if not block or drained < _drain_floor(self._clock() - began):
+                break
+
     def __call__(
         self, environ: Dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         """Answer as a WSGI application (PEP 3333), mounted anywhere."""
-        request = _wsgi_request(environ)
+        mount = environ.get("SCRIPT_NAME", "")
+        request = wsgi_request(environ)
+        if mount and not environ.get("PATH_INFO") and not request.query:
+            if request.method in ("GET", "HEAD"):  # the page's links are relative
+                start_response("308 Permanent Redirect", [("Location", mount + "/")])
+                return []
         known = ("/", "/health", self.settings.upload_path)
-        if request.path not in known and not request.path.startswith("/sample/"):
+        is_known = request.path in known or request.path.startswith("/sample/")
+        if self._any_path and not is_known:
             request = request._replace(path=self.settings.upload_path)
         response = self.handle(request)
+        self.drain(request)
         phrase = http.HTTPStatus(response.status).phrase
         headers = list(response.headers)
         if response.status != 204:
@@ -4087,22 +4122,43 @@ def _unknown_host(host: str) -> Forbidden:
     )
 
 
-def _wsgi_request(environ: Mapping[str, Any]) -> Request:
+class CountingReader:
+    """``read(n)`` of a body that knows how many bytes are `left`."""
+
+    def __init__(self, read: Callable[[int], bytes], length: int) -> None:
+        self._read = read
+        self.left = max(length, 0)
+
+    def __call__(self, size: int) -> bytes:
+        """Return up to `size` bytes, b"" at the end."""
+        block = self._read(min(size, self.left)) if self.left else b""
+        self.left -= len(block)
+        return block
+
+
+def _drain_floor(seconds: float) -> float:
+    """Return the least bytes that a refused body must have brought by now."""
+    return (seconds - _LINGER_SECONDS) * _MIN_DRAIN_RATE
+
+
+def wsgi_request(environ: Mapping[str, Any]) -> Request:
+    """Return the Request of a WSGI environment (PEP 3333)."""
     headers = {
         name[5:].replace("_", "-").lower(): value
         for name, value in environ.items()
         if name.startswith("HTTP_")
     }
     headers["content-type"] = environ.get("CONTENT_TYPE") or ""
-    length = environ.get("CONTENT_LENGTH") or "0"
+    text = environ.get("CONTENT_LENGTH") or "0"
+    length = int(text) if text.isascii() and text.isdigit() else -1
     path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
     return Request(
         method=environ["REQUEST_METHOD"],
         path=path or "/",
         query=environ.get("QUERY_STRING", ""),
         headers=headers,
-        length=int(length) if length.isascii() and length.isdigit() else -1,
-        read=environ["wsgi.input"].read,
+        length=length,
+        read=CountingReader(environ["wsgi.input"].read, length),
         client=environ.get("REMOTE_ADDR", ""),
         scheme=environ.get("wsgi.url_scheme", "http"),
     )
@@ -4234,7 +4290,7 @@ def create_app(config: Optional[str] = None) -> UploadApp:
 
     Reads `config`, else what FLOWSERVER_CONFIG names, else conf.ini beside this file.
     """
-    return UploadApp(load_settings(find_config(config), {}))
+    return UploadApp(load_settings(find_config(config), {}), any_path=False)
 
 
 def find_config(named: Optional[str]) -> str:
@@ -4256,9 +4312,6 @@ _MAX_HEAD_SIZE = 64 * 1024  # flow.js writes names and paths into the address, e
 _MAX_LINE_SIZE = 32 * 1024
 _MAX_HEADERS = 100
 _MIN_BODY_RATE = 1024  # bytes/s on the average, once a body has taken `timeout`
-_MIN_DRAIN_RATE = 16 * 1024  # bytes/s of a body that is refused
-_DRAIN_SIZE = 64 * 1024 * 1024  # where max_chunk_size sets no other limit
-_LINGER_SECONDS = 2.0
 _GRACE_SECONDS = 5.0  # for running requests when the server stops
 
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) HTTP/1\.([01])")
@@ -4443,7 +4496,7 @@ class _Wire:
         with contextlib.suppress(OSError):
             while left > 0:
                 elapsed = time.monotonic() - began
-                if drained < (elapsed - _LINGER_SECONDS) * _MIN_DRAIN_RATE:
+                if drained < _drain_floor(elapsed):
                     break
                 self.connection.settimeout(_LINGER_SECONDS)
                 size = self.connection.recv_into(buffer, min(left, len(buffer)))
@@ -4588,22 +4641,25 @@ class FlowHandlerMixin:
         headers = {name.lower(): value for name, value in self.headers.items()}
         lengths = self.headers.get_all("content-length", ["0"])
         is_clear = len(lengths) == 1 and "transfer-encoding" not in headers
+        is_clear = is_clear and _LENGTH.fullmatch(lengths[0])
+        length = int(lengths[0]) if is_clear else -1
         request = Request(
             method=self.command,
             path=self.uploads.settings.upload_path,
             query=self.path.partition("?")[2],
             headers=headers,
-            length=int(lengths[0])
-            if is_clear and _LENGTH.fullmatch(lengths[0])
-            else -1,
-            read=self.rfile.read,
+            length=length,
+            read=CountingReader(self.rfile.read, length),
             client=self.client_address[0],
+            scheme="https" if hasattr(self.connection, "getpeercert") else "http",
         )
         response = self.uploads.handle(request)
-        if response.status >= 400 or request.length < 0:
-            self.close_connection = True  # the body may not have been read
+        self.uploads.drain(request)
+        if request.read.left or length < 0:
+            self.close_connection = True
         data = _response_bytes(self.command, response, not self.close_connection)
         self.wfile.write(data)
+        self.uploads.tidy()
 
 
 class FlowServer(http.server.ThreadingHTTPServer):
@@ -4697,7 +4753,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
     # Connections
 
     def get_request(self) -> Any:
-        """Accept a connection; without a descriptor for it, don't try without a pause."""
+        """Accept a connection; make room and pause when there is no descriptor."""
         try:
             return super().get_request()
         except OSError:
