@@ -138,7 +138,9 @@ class Malformed(FlowError):
 
 
 class Truncated(Malformed):
-    """The body ended before it was whole."""
+    """The body ended before it was whole; sent again, it may be."""
+
+    kind = "truncated"
 
 
 class TooLarge(FlowError):
@@ -157,6 +159,12 @@ class Forbidden(FlowError):
     """This client may not do this here."""
 
     kind = "forbidden"
+
+
+class Foreign(Forbidden):
+    """Another site's page, or a host name that is not ours."""
+
+    kind = "foreign"
 
 
 class Unauthorized(FlowError):
@@ -201,6 +209,12 @@ def _text(value: str) -> str:
 
 def _path(value: str) -> str:
     return os.path.expanduser(os.path.expandvars(value))
+
+
+def _required_path(value: str) -> str:
+    if not value:
+        raise ValueError("is empty, but a folder is needed")
+    return _path(value)
 
 
 def _number(value: str) -> int:
@@ -310,7 +324,7 @@ class Settings:
     trusted_proxies = Setting("server", _networks, "",
         "Addresses or networks whose X-Forwarded-For, -Host and -Proto are believed.")
 
-    upload_dir = Setting("storage", _path, "uploads",
+    upload_dir = Setting("storage", _required_path, "uploads",
         "Folder for finished files.")
     temp_dir = Setting("storage", _path, "",
         "Folder for unfinished uploads, on the same file system; empty means"
@@ -384,7 +398,7 @@ def settings_table() -> Dict[str, Setting[Any]]:
 
 
 def _is_path(setting: Setting[Any]) -> bool:
-    return setting.read is _path
+    return setting.read in (_path, _required_path)
 
 
 def load_settings(config: str, flags: Mapping[str, str]) -> Settings:
@@ -703,9 +717,11 @@ def _parse_part(header: bytes) -> Part:
 
 _COMMON_STATUSES = {
     "malformed": 400,
+    "truncated": 408,
     "too_large": 413,
     "conflict": 409,
     "forbidden": 403,
+    "foreign": 403,
     "unauthorized": 401,
     "missing": 404,
     "bad_method": 405,
@@ -750,7 +766,12 @@ def _family(
 
 DIALECTS = (
     # flow.js gives up on 404 413 415 500 501, and by default on anything but 200-202.
-    _family("flow.js", "flow", {"malformed": 415, "conflict": 415}, count=True),
+    _family(
+        "flow.js",
+        "flow",
+        {"malformed": 415, "conflict": 415, "forbidden": 415},
+        count=True,
+    ),
     # resumable.js 1.1.0 gives up on 400 404 415 500 501 and repeats all else 100 times
     # without a pause, 413, 401 and 403 among them.  Its count of chunks is wrong at
     # times.
@@ -1535,8 +1556,11 @@ class Store:
         self._flushed_folders: Dict[str, bool] = {}
         self._token, self._token_fd, self._pid = "", -1, os.getpid()
         self._part_count = 0
-        with _explained():
-            self._make_folders()
+        try:
+            with _explained():
+                self._make_folders()
+        except Trouble as error:
+            raise Trouble(f"{error} ({self.upload_dir})") from error.__cause__
 
     # What the application calls
 
@@ -3423,7 +3447,11 @@ class Users:
         self._verified: Dict[bytes, str] = {}
         self._key = secrets.token_bytes(32)
         self._nobody = hash_password("")
-        self._load()
+        try:
+            self._load()
+        except Trouble as error:
+            cause = error.__cause__
+            raise SettingsError(f"users_file can't be read: {cause}.") from cause
 
     def _load(self) -> None:
         try:
@@ -3690,7 +3718,7 @@ class UploadApp:
         )
         is_named = origin in self.settings.allow_origins
         if not is_named and (has_credentials or not self._is_allowed(origin)):
-            raise Forbidden(
+            raise Foreign(
                 f"Pages of {printable(origin)} may not upload here; the setting"
                 " allow_origins names those that may."
             )
@@ -4115,11 +4143,16 @@ def _seen_host(request: Request) -> str:
     return host
 
 
-def _unknown_host(host: str) -> Forbidden:
-    return Forbidden(
+def _unknown_host(host: str) -> Foreign:
+    return Foreign(
         f"This server is not known as {printable(host)}; the setting allow_hosts names"
         " those that it answers to."
     )
+
+
+def parse_length(text: str) -> int:
+    """Return a Content-Length of digits alone, -1 for anything else."""
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else -1
 
 
 class CountingReader:
@@ -4149,8 +4182,7 @@ def wsgi_request(environ: Mapping[str, Any]) -> Request:
         if name.startswith("HTTP_")
     }
     headers["content-type"] = environ.get("CONTENT_TYPE") or ""
-    text = environ.get("CONTENT_LENGTH") or "0"
-    length = int(text) if text.isascii() and text.isdigit() else -1
+    length = parse_length(environ.get("CONTENT_LENGTH") or "0")
     path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
     return Request(
         method=environ["REQUEST_METHOD"],
@@ -4312,6 +4344,7 @@ _MAX_HEAD_SIZE = 64 * 1024  # flow.js writes names and paths into the address, e
 _MAX_LINE_SIZE = 32 * 1024
 _MAX_HEADERS = 100
 _MIN_BODY_RATE = 1024  # bytes/s on the average, once a body has taken `timeout`
+_NO_TIMEOUT_SECONDS = 86400.0  # for timeout = 0
 _GRACE_SECONDS = 5.0  # for running requests when the server stops
 
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) HTTP/1\.([01])")
@@ -4319,7 +4352,6 @@ _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]+) HTTP/1\.([01])")
 _HEADER_LINE = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)\r\n"
 )
-_LENGTH = re.compile("[0-9]{1,15}")
 
 
 class _BadHead(Exception):
@@ -4389,10 +4421,10 @@ def _body_length(headers: Mapping[str, str]) -> int:
         if "content-length" in headers:
             raise _BadHead(400, "Content-Length and Transfer-Encoding contradict.")
         raise _BadHead(411, "Bodies must come with a Content-Length.")
-    length = headers.get("content-length", "0")
-    if not _LENGTH.fullmatch(length):
+    length = parse_length(headers.get("content-length", "0"))
+    if length < 0:
         raise _BadHead(400, "The Content-Length is not a number.")
-    return int(length)
+    return length
 
 
 class _Wire:
@@ -4402,7 +4434,7 @@ class _Wire:
         self.connection = connection
         self.server = server
         self.pending = b""  # came with a head, belongs to what follows it
-        self.timeout = float(server.app.settings.timeout)
+        self.timeout = server.timeout_seconds
         self.remaining = 0  # bytes of the body that were not read yet
         self._buffer: Optional[bytearray] = None
         self._wants_100 = False
@@ -4526,7 +4558,7 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
         """Prepare the connection; the handshake of TLS happens here, in its thread."""
         self.raw: socket.socket = self.request
         self.connection = self.raw
-        self.raw.settimeout(float(self.server.app.settings.timeout))
+        self.raw.settimeout(self.server.timeout_seconds)
         with contextlib.suppress(OSError):
             self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if self.server.tls is not None:
@@ -4641,21 +4673,21 @@ class FlowHandlerMixin:
         headers = {name.lower(): value for name, value in self.headers.items()}
         lengths = self.headers.get_all("content-length", ["0"])
         is_clear = len(lengths) == 1 and "transfer-encoding" not in headers
-        is_clear = is_clear and _LENGTH.fullmatch(lengths[0])
-        length = int(lengths[0]) if is_clear else -1
+        length = parse_length(lengths[0]) if is_clear else -1
+        body = CountingReader(self.rfile.read, length)
         request = Request(
             method=self.command,
             path=self.uploads.settings.upload_path,
             query=self.path.partition("?")[2],
             headers=headers,
             length=length,
-            read=CountingReader(self.rfile.read, length),
+            read=body,
             client=self.client_address[0],
             scheme="https" if hasattr(self.connection, "getpeercert") else "http",
         )
         response = self.uploads.handle(request)
         self.uploads.drain(request)
-        if request.read.left or length < 0:
+        if body.left or length < 0:
             self.close_connection = True
         data = _response_bytes(self.command, response, not self.close_connection)
         self.wfile.write(data)
@@ -4682,9 +4714,11 @@ class FlowServer(http.server.ThreadingHTTPServer):
         settings = app.settings
         self.app = app
         self.is_stopping = False
-        self.max_connections = min(settings.max_connections, _descriptor_room())
+        most = settings.max_connections or sys.maxsize
+        self.max_connections = min(most, _descriptor_room())
+        self.timeout_seconds = float(settings.timeout) or _NO_TIMEOUT_SECONDS
         self.tls = _tls_context(settings)
-        self.is_loopback = bool(_LOOPBACK_NAME.fullmatch(_bracketed(settings.host)))
+        self.is_loopback = False
         self._connections: Dict[socket.socket, bool] = {}
         # Accepted sockets without a whole head, the longest waiting one first, and what
         # they became (TLS wraps them).
@@ -4705,6 +4739,8 @@ class FlowServer(http.server.ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = self.socket.getsockname()[:2]
+        address = _parse_address(self.server_name)
+        self.is_loopback = address is not None and address.is_loopback
 
     @property
     def url(self) -> str:
@@ -4903,7 +4939,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except SettingsError as error:
         return _fail(2, str(error))
     except FlowError as error:
-        return _fail(1, f"{error} ({os.path.abspath(settings.upload_dir)})")
+        return _fail(1, str(error))
     except (OSError, OverflowError) as error:
         where = f"{settings.host}, port {settings.port}"
         return _fail(1, f"The server can't listen on {where}: {error}.")
@@ -5007,7 +5043,7 @@ def _check(settings: Settings) -> int:
         disk = Disk(settings.sync)
         store = Store(settings.upload_dir, settings.temp_dir, disk=disk)
     except FlowError as error:
-        print(f"FAILED  {error} ({os.path.abspath(settings.upload_dir)})")
+        print(f"FAILED  {error}")
         return 1
     results = list(_trials(store, settings))
     store.close()
