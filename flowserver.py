@@ -1194,6 +1194,13 @@ class Disk:
 
         return shutil.disk_usage(path).free
 
+    def boot_id(self) -> str:
+        """Return a name of this run of the machine, "" where it has none."""
+        with contextlib.suppress(OSError):
+            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+                return file.read().strip()
+        return ""
+
     # Locks of open files: between processes, and between descriptors of one process
 
     def lock(self, fd: int) -> None:
@@ -1402,6 +1409,7 @@ class _Ledger:
         self.upload = Upload(*upload)
         self.generation: str = values.get("generation", "")
         self.opener: str = values.get("sender", "")
+        self.boot: str = values.get("boot", "")
         self.began: float = values.get("time", 0.0)
         self.ranges = Ranges()
         for start, end, sender in values.get("ranges", ()):
@@ -1674,8 +1682,8 @@ class Store:
                 f"temp_dir {self.temp_dir} is not on the same file system as upload_dir"
                 f" {self.upload_dir}."
             )
-        with self._folder(self.temp_dir) as folder:
-            self.disk.flush_folder(folder)
+        for path in (os.path.dirname(self.temp_dir), self.temp_dir):
+            self._flush_folder(path)
         self._try_links()
 
     def _try_links(self) -> None:
@@ -1705,6 +1713,12 @@ class Store:
         finally:
             self.disk.close_folder(folder)
 
+    def _flush_folder(self, path: str) -> None:
+        """Return when the names in a folder are on the disk."""
+        if self.disk.sync:
+            with self._folder(path) as folder:
+                self.disk.flush_folder(folder)
+
     @contextlib.contextmanager
     def _target_folder(self, path: str) -> Iterator[Folder]:
         """Open the folder of a file below upload_dir, made where it is missing."""
@@ -1714,8 +1728,7 @@ class Store:
             is_new = self.disk.make_folder(folder)
             self._require_folder(folder, word)
             if is_new or folder not in self._flushed_folders:
-                with self._folder(parent) as above:
-                    self.disk.flush_folder(above)
+                self._flush_folder(parent)
                 if len(self._flushed_folders) > 10000:
                     self._flushed_folders.clear()
                 self._flushed_folders[folder] = True
@@ -1894,6 +1907,7 @@ class Store:
             "generation": generation or secrets.token_hex(8),
             "upload": upload,
             "sender": sender,
+            "boot": "" if self.disk.sync else self.disk.boot_id(),
             "time": self._clock(),
             "ranges": ranges,
         }
@@ -1928,8 +1942,7 @@ class Store:
             ledger.is_suspect = True
             self.disk.flush(ledger.fd)
             if not ledger.is_named:
-                with self._folder(self._state_dir) as folder:
-                    self.disk.flush_folder(folder)
+                self._flush_folder(self._state_dir)
                 ledger.is_named = True
             ledger.flushed, ledger.is_suspect = reached, False
 
@@ -2047,7 +2060,7 @@ class Store:
         takes the published file for an unfinished one and writes into it.
         """
         given = dict(fields) if self._announce else {}
-        path = self._published_already(ledger) or self._publish_safely(ledger, given)
+        path = self._published(ledger) or self._publish_safely(ledger, given)
         kept = next(
             (f for name, _, f in reversed(ledger.intents) if name == path), given
         )
@@ -2076,7 +2089,7 @@ class Store:
             self._forget(ledger)
             raise
 
-    def _published_already(self, ledger: _Ledger) -> str:
+    def _published(self, ledger: _Ledger) -> str:
         """Return the name that a crash left the data file under, or ""."""
         for path, inode, _ in reversed(ledger.intents):
             status = self.disk.stat_path(os.path.join(self.upload_dir, path))
@@ -2289,19 +2302,20 @@ class Store:
             if age > keep_receipts:
                 self._forget(ledger)
             return False
-        if ledger.generation and ledger.is_complete:
+        is_empty = not ledger.generation
+        if is_empty or (self._has_lost_data(ledger) and not self._published(ledger)):
+            self._forget(ledger)
+        elif ledger.is_complete:
             self._finish(ledger, {})
             return True
-        if (
-            not ledger.generation
-            or self._has_lost_data(ledger)
-            or self._is_stale(ledger, age, stale_after)
-        ):
+        elif self._is_stale(ledger, age, stale_after):
             self._forget(ledger)
         return False
 
     def _has_lost_data(self, ledger: _Ledger) -> bool:
-        """Whether recorded bytes are missing: a power cut with sync off."""
+        """Whether recorded bytes may be missing: the power was cut with sync off."""
+        if ledger.boot and ledger.boot != self.disk.boot_id():
+            return True
         status = self.disk.stat_path(self._data_path(ledger))
         recorded = max((end for _, end, _ in ledger.ranges), default=0)
         return recorded > (status.st_size if status else 0)
@@ -2420,6 +2434,7 @@ class Receiving:
                     )
                     store.disk.write(fd, block, low)
             store.disk.flush(fd)
+            store._flush_folder(store._state_dir)
             store._open_upload(ledger, self.upload, self.sender, ranges, generation)
         except OSError:
             store.disk.close(fd)
@@ -2721,6 +2736,8 @@ class _Aside(_Way):
         """Make the private file the data file: it has every byte."""
         self.store._exchange_data(ledger, None)
         self.disk.rename(self.path, self.store._data_path(ledger))
+        # Before a line says that its bytes are there: the name may have been another's.
+        self.store._flush_folder(self.store._state_dir)
 
     def _equals(self, ledger: _Ledger, start: int, end: int) -> bool:
         data = self.store._data(ledger)
