@@ -1013,6 +1013,7 @@ def printable(text: str) -> str:
 BLOCK_SIZE = 256 * 1024
 _IDLE_LEDGERS = 64
 _NOTE_SECONDS = 120
+_QUIET_SECONDS = 120
 
 
 class Folder(NamedTuple):
@@ -1030,7 +1031,8 @@ class Disk:
 
     def __init__(self, sync: bool = True) -> None:
         self.sync = sync
-        self.links = hasattr(os, "link") and os.name != "nt"
+        self.unlinks_open = os.name != "nt"  # and renames: files that are open
+        self.links = hasattr(os, "link") and self.unlinks_open
         self._relative = os.open in os.supports_dir_fd and os.link in os.supports_dir_fd
         self._flock = _find_file_lock()
         self._positioned = hasattr(os, "pwrite")
@@ -1166,8 +1168,8 @@ class Disk:
         if self.links:
             os.link(source, target)
             return True
-        if os.name != "nt" and os.path.lexists(target):
-            # Only under Store._name_lock: this system has no rename that refuses.
+        if self.unlinks_open and os.path.lexists(target):
+            # Only under the lock of names: this system has no rename that refuses.
             raise FileExistsError(errno.EEXIST, "exists", target)
         _patiently(os.rename, source, target)
         return False
@@ -1282,58 +1284,51 @@ def _patiently(call: Callable[..., None], *arguments: str) -> None:
 
 
 class Ranges:
-    """Disjoint ranges of bytes, sorted, each with its sender; neighbours are merged."""
+    """Disjoint ranges of bytes, sorted; neighbours are merged."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
         self._starts: List[int] = []
         self._ends: List[int] = []
-        self._senders: List[str] = []
         self.total = 0
+        for start, end in ranges:
+            self.add(start, end)
 
-    def __iter__(self) -> Iterator[Tuple[int, int, str]]:
-        return iter(zip(self._starts, self._ends, self._senders))
+    def __iter__(self) -> Iterator[Tuple[int, int]]:
+        return iter(zip(self._starts, self._ends))
 
-    def add(self, start: int, end: int, sender: str) -> None:
+    @property
+    def end(self) -> int:
+        """Where the last range ends."""
+        return self._ends[-1] if self._ends else 0
+
+    def add(self, start: int, end: int) -> None:
         """Add what is not there yet of [start, end)."""
-        for gap_start, gap_end in self.gaps(start, end):
-            self._insert(gap_start, gap_end, sender)
+        if start >= end:
+            return
+        first = bisect.bisect_left(self._ends, start)
+        last = bisect.bisect_right(self._starts, end)
+        if first < last:  # touches or overlaps these: they become one
+            start = min(start, self._starts[first])
+            end = max(end, self._ends[last - 1])
+        joined = range(first, last)
+        self.total += end - start - sum(self._ends[i] - self._starts[i] for i in joined)
+        self._starts[first:last] = [start]
+        self._ends[first:last] = [end]
 
-    def _insert(self, start: int, end: int, sender: str) -> None:
-        self.total += end - start
-        index = bisect.bisect_left(self._starts, start)
-        before = index > 0 and self._joins(index - 1, self._ends, start, sender)
-        after = index < len(self._starts) and self._joins(
-            index, self._starts, end, sender
-        )
-        if before and after:
-            self._ends[index - 1] = self._ends[index]
-            del self._starts[index], self._ends[index], self._senders[index]
-        elif before:
-            self._ends[index - 1] = end
-        elif after:
-            self._starts[index] = start
-        else:
-            self._starts.insert(index, start)
-            self._ends.insert(index, end)
-            self._senders.insert(index, sender)
-
-    def _joins(self, index: int, edges: List[int], edge: int, sender: str) -> bool:
-        return edges[index] == edge and self._senders[index] == sender
-
-    def within(self, start: int, end: int) -> List[Tuple[int, int, str]]:
+    def within(self, start: int, end: int) -> List[Tuple[int, int]]:
         """Return what is there of [start, end), cut to it."""
         found = []
         index = bisect.bisect_right(self._ends, start)
         while index < len(self._starts) and self._starts[index] < end:
             low, high = max(self._starts[index], start), min(self._ends[index], end)
-            found.append((low, high, self._senders[index]))
+            found.append((low, high))
             index += 1
         return found
 
     def gaps(self, start: int, end: int) -> List[Tuple[int, int]]:
         """Return what is missing of [start, end)."""
         missing = []
-        for low, high, _ in self.within(start, end):
+        for low, high in self.within(start, end):
             if start < low:
                 missing.append((start, low))
             start = high
@@ -1380,6 +1375,28 @@ class Progress(NamedTuple):
     began: float = 0.0  # the clock when its first byte came; 0 if with this request
 
 
+class _Finished(NamedTuple):
+    """What a receipt says: where the file went, and how to know it again."""
+
+    path: str  # below upload_dir
+    size: int
+    inode: int
+    modified: int  # nanoseconds
+    token: str  # of the process that finished it, when its end must be announced
+    last: Tuple[int, int, str]  # the range that made it complete, and its sender
+    fields: Mapping[str, str]
+
+
+class _Note(NamedTuple):
+    """A range that came again after the end, and was equal to the file's."""
+
+    start: int
+    end: int
+    sender: str
+    time: float
+    is_retry: bool  # the last chunk, maybe because its answer was lost
+
+
 class _Ledger:
     """One upload as this process has read it; valid under the store's lock."""
 
@@ -1393,39 +1410,50 @@ class _Ledger:
         self.retired_fds: List[int] = []
         self.is_home = False  # this process holds the lock of the data file
         self.attempts: List[_InPlace] = []
+        self.head = b""  # how the file begins, where a dead one can't be unlinked
         self.offset = 0  # bytes of whole lines read
         self.flushed = 0  # bytes of them known to be on the disk
         self.writes = 0  # to the data file, by this process
         self.flushed_writes = 0
         self.failed_flushes = 0  # of the data file
         self.is_suspect = False  # a flush of the lines failed
+        self.is_named = False  # its name is known to be on the disk
         self.is_torn = False  # what follows `offset` is no line
         self.is_dead = False  # forgotten; whoever wants this upload opens it anew
         self.begin({})
 
     def begin(self, values: Mapping[str, Any]) -> None:
-        """A new upload; `values` as _Ledger.first_line writes them."""
-        upload = values.get("upload", [self.key, "", -1])
-        self.upload = Upload(*upload)
+        """A new upload begins, with `ranges` taken over from the finished one."""
+        self.retire_data()
+        self.upload = Upload(*values.get("upload", [self.key, "", -1]))
         self.generation: str = values.get("generation", "")
         self.opener: str = values.get("sender", "")
         self.boot: str = values.get("boot", "")
         self.began: float = values.get("time", 0.0)
-        self.ranges = Ranges()
-        for start, end, sender in values.get("ranges", ()):
-            self.ranges.add(start, end, sender)
+        self.ranges = Ranges(values.get("ranges", ()))  # recorded
+        self.sent: Dict[str, Ranges] = {}  # recorded or compared equal, by sender
+        self.is_contested = False
         self.intents: List[Tuple[str, int, Dict[str, str]]] = []
         self.finished: Optional[_Finished] = None
         self.is_announced = False
-        self.notes: List[Tuple[int, int, str, float]] = []
-        self.is_named = (
-            False  # the names in the temp folder are known to be on the disk
-        )
+        self.notes: List[_Note] = []
 
     @property
     def is_complete(self) -> bool:
         """Whether every byte is recorded."""
         return self.ranges.total == self.upload.size
+
+    @property
+    def is_one_version(self) -> bool:
+        """Whether somebody has sent every byte, so that nothing can be mixed."""
+        size = self.upload.size
+        return size == 0 or any(sent.total == size for sent in self.sent.values())
+
+    def retire_data(self) -> None:
+        """Let another data file be opened; who still reads this one may go on."""
+        if self.data_fd is not None:
+            self.retired_fds.append(self.data_fd)
+        self.data_fd, self.is_home = None, False
 
     def read_lines(self, text: bytes) -> None:
         """Take the lines that follow `offset`, up to the first that is not whole."""
@@ -1436,11 +1464,23 @@ class _Ledger:
             self.offset += len(line)
             _LINES[values[0]](self, *values[1:])
 
-    def add_range(self, start: int, end: int, same: int, sender: str) -> None:
-        """A range is stored; up to `same` it held the right bytes already."""
+    def add_range(self, start: int, end: int, sender: str) -> None:
+        """A range is stored."""
+        self.ranges.add(start, end)
+        self.add_sent(start, end, sender)
+
+    def add_sent(self, start: int, end: int, sender: str) -> None:
+        """A sender has sent a range, and it is what is stored."""
+        self.sent.setdefault(sender, Ranges()).add(start, end)
+
+    def add_merge(self, start: int, end: int) -> None:
+        """Bytes that were not recorded are about to be overwritten."""
         for attempt in self.attempts:
-            attempt.overtaken(start, end, same)
-        self.ranges.add(start, end, sender)
+            attempt.overtaken(start, end)
+
+    def contest(self) -> None:
+        """Two senders have different versions."""
+        self.is_contested = True
 
     def add_intent(self, path: str, inode: int, fields: Dict[str, str]) -> None:
         """The data file, which is this inode, is about to get this name."""
@@ -1448,40 +1488,34 @@ class _Ledger:
 
     def finish(self, values: Mapping[str, Any]) -> None:
         """The file has its name."""
-        self.finished = _Finished(**values)
-        self.is_announced = self.finished.is_announced
+        self.finished = _Finished(**dict(values, last=tuple(values["last"])))
+        self.is_announced = not self.finished.token
+        self.retire_data()  # nobody may hold what can be written to
 
     def announce(self) -> None:
         """on_complete has returned."""
         self.is_announced = True
 
-    def add_note(
-        self, start: int, end: int, sender: str, when: float, afresh: bool
-    ) -> None:
-        """A range that came again after the end was equal to the file's."""
-        self.notes = [] if afresh else self.notes
-        self.notes.append((start, end, sender, when))
+    def add_note(self, *values: Any) -> None:
+        """A range came again and was equal."""
+        self.notes.append(_Note(*values))
 
-
-class _Finished(NamedTuple):
-    """What a receipt says: where the file went, and how to know it again."""
-
-    path: str  # below upload_dir
-    size: int
-    inode: int
-    modified: int  # nanoseconds
-    token: str  # the process that finished it
-    is_announced: bool
-    fields: Mapping[str, str]
+    def drop_notes(self, sender: str) -> None:
+        """This sender has begun to send the file once more."""
+        self.notes = [note for note in self.notes if note.sender != sender]
 
 
 _LINES: Mapping[str, Callable[..., None]] = {
     "upload": _Ledger.begin,
     "range": _Ledger.add_range,
+    "sent": _Ledger.add_sent,
+    "merge": _Ledger.add_merge,
+    "contested": _Ledger.contest,
     "publish": _Ledger.add_intent,
     "finished": _Ledger.finish,
     "announced": _Ledger.announce,
     "note": _Ledger.add_note,
+    "afresh": _Ledger.drop_notes,
 }
 
 
@@ -1526,6 +1560,249 @@ _SENTENCES = {
 }
 
 
+class _Process:
+    """This process among those of one temp folder: its locked token, its parts."""
+
+    def __init__(self, disk: Disk, folder: str) -> None:
+        self._disk = disk
+        self._folder = folder
+        self._mutex = threading.Lock()
+        self._pid = os.getpid()
+        self._token = ""
+        self._fd = -1
+        self._count = 0
+        self._parts: Dict[str, bool] = {}  # those that somebody uses
+
+    def token(self) -> str:
+        """Return this process's token, whose file is locked as long as it lives."""
+        with self._mutex:
+            if self._pid != os.getpid():  # a forked child is a process itself
+                self._pid, self._token, self._parts = os.getpid(), "", {}
+            while not self._token:
+                token = secrets.token_hex(8)
+                path = self._path(token + ".live")
+                fd = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+                self._disk.lock(fd)
+                if self._disk.stat_path(path) is None:  # buried before it was locked
+                    self._disk.close(fd)
+                    continue
+                self._token, self._fd = token, fd
+            return self._token
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._folder, name)
+
+    def is_alive(self, token: str) -> bool:
+        """Return whether the process of a token lives; bury it when it does not."""
+        if token == self.token():
+            return True
+        path = self._path(token + ".live")
+        try:
+            fd = self._disk.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            if not self._disk.try_lock(fd):
+                return True
+            if self._disk.unlinks_open:  # under the lock: it may be just beginning
+                self._disk.unlink(path)
+        finally:
+            self._disk.close(fd)
+        return False
+
+    def new_part(self) -> Tuple[str, int]:
+        """Make a private file; return its path and descriptor."""
+        token = self.token()
+        with self._mutex:
+            self._count += 1
+            name = f"{token}-{self._count}.part"
+            self._parts[name] = True
+        path = self._path(name)
+        return path, self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+    def drop_part(self, path: str) -> None:
+        """Remove a private file; what can't be removed now is swept later."""
+        with self._mutex:
+            self._parts.pop(os.path.basename(path), None)
+        with contextlib.suppress(OSError):
+            self._disk.unlink(path)
+
+    def sweep(self, names: Sequence[str]) -> None:
+        """Remove what dead processes left, and parts of ours that nobody uses."""
+        alive: Dict[str, bool] = {}
+        for name in names:
+            if name.endswith((".live", ".part")) and name not in self._parts:
+                token = re.split("[-.]", name)[0]
+                if token not in alive:
+                    alive[token] = self.is_alive(token)
+                is_left = token == self._token and name.endswith(".part")
+                if is_left or not alive[token]:
+                    self._disk.unlink(self._path(name))
+
+    def close(self) -> None:
+        """Give the token back."""
+        with self._mutex:
+            if self._token and self._pid == os.getpid():
+                self._disk.close(self._fd)
+                self._disk.unlink(self._path(self._token + ".live"))
+                self._token = ""
+
+
+class _Publisher:
+    """Names below upload_dir: given without a race, and never over another file."""
+
+    def __init__(self, disk: Disk, upload_dir: str, policy: str, lock: str) -> None:
+        self.disk = disk
+        self.upload_dir = upload_dir
+        self.policy = policy  # on_conflict
+        self._lock = lock  # a file to lock where names can't be taken atomically
+        self._flushed: Dict[str, bool] = {}  # folders whose names are on the disk
+
+    def path(self, relative: str) -> str:
+        """Return the absolute path of a path below upload_dir."""
+        return os.path.join(self.upload_dir, *relative.split("/"))
+
+    def stat(self, relative: str) -> Optional[os.stat_result]:
+        """Return what is known of a file below upload_dir, or None."""
+        return self.disk.stat_path(self.path(relative))
+
+    @contextlib.contextmanager
+    def opened(self, path: str) -> Iterator[Folder]:
+        """Open a folder for a while."""
+        folder = self.disk.open_folder(path)
+        try:
+            yield folder
+        finally:
+            self.disk.close_folder(folder)
+
+    def flush_folder(self, path: str) -> None:
+        """Return when the names in a folder are on the disk."""
+        if self.disk.sync:
+            with self.opened(path) as folder:
+                self.disk.flush_folder(folder)
+
+    @contextlib.contextmanager
+    def folder_of(self, relative: str) -> Iterator[Folder]:
+        """Open the folder of a file below upload_dir, made where it is missing."""
+        parent = self.upload_dir
+        for word in relative.split("/")[:-1]:
+            folder = os.path.join(parent, word)
+            is_new = self.disk.make_folder(folder)
+            status = self.disk.stat_path(folder)
+            if status is None or not stat.S_ISDIR(status.st_mode):
+                raise _no_folder(word)
+            if is_new or folder not in self._flushed:
+                self.flush_folder(parent)
+                if len(self._flushed) > 10000:
+                    self._flushed.clear()
+                self._flushed[folder] = True
+            parent = folder
+        with self.opened(parent) as last:
+            yield last
+
+    def refuse_early(self, upload: Upload, is_whole: bool) -> None:
+        """Raise Conflict for what can be known before the bytes have travelled.
+
+        A whole file of the size of the one that has its name may be the same again.
+        """
+        words = upload.path.split("/")
+        for count in range(1, len(words)):
+            status = self.stat("/".join(words[:count]))
+            if status and not stat.S_ISDIR(status.st_mode):
+                raise _no_folder(words[count - 1])
+        if self.policy == "refuse":
+            status = self.stat(upload.path)
+            if status and not (is_whole and status.st_size == upload.size):
+                raise _taken(words[-1])
+
+    def choose(
+        self,
+        folder: Folder,
+        name: str,
+        descriptor: Callable[[], int],
+        give: Callable[[str], None],
+    ) -> str:
+        """Find a name as the policy says and `give` it; return the one it became.
+
+        A file of that name with the same bytes is as good as ours: no second copy.
+        """
+        candidate = name
+        while True:
+            existing = self.disk.named(folder, candidate)
+            if existing and self.is_same(descriptor(), folder, candidate, existing):
+                self.disk.flush_folder(folder)
+                return candidate
+            if existing is None or self.policy == "replace":
+                with contextlib.suppress(FileExistsError):
+                    give(candidate)
+                    self.disk.flush_folder(folder)
+                    return candidate
+            elif self.policy == "refuse":
+                raise _taken(name)
+            else:
+                candidate = self._free_number(folder, name)
+
+    def is_same(
+        self, fd: int, folder: Folder, name: str, existing: os.stat_result
+    ) -> bool:
+        """Return whether a file of that name is this one, or has its bytes."""
+        mine = self.disk.stat(fd)
+        if (mine.st_ino, mine.st_dev) == (existing.st_ino, existing.st_dev):
+            return True
+        if mine.st_size != existing.st_size or not stat.S_ISREG(existing.st_mode):
+            return False
+        other = self.disk.open(os.path.join(folder.path, name), os.O_RDONLY)
+        try:
+            if not _are_equal(self.disk, fd, other, 0, mine.st_size):
+                return False
+            self.disk.flush(other)  # nobody else may have done so
+            return True
+        finally:
+            self.disk.close(other)
+
+    def _free_number(self, folder: Folder, name: str) -> str:
+        """Return a free numbered name in a logarithmic number of looks.
+
+        Not from 1 each time: 10,000 files of one name would make the next one slow.
+        """
+        low, high = 0, 1
+        while self.disk.named(folder, numbered(name, high)):
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.disk.named(folder, numbered(name, middle)):
+                low = middle
+            else:
+                high = middle
+        return numbered(name, high)
+
+    def give(self, source: str, folder: Folder, name: str) -> None:
+        """Give a file of ours this name; raises FileExistsError unless we replace."""
+        if self.policy == "replace":
+            try:
+                self.disk.replace(source, folder, name)
+            except (IsADirectoryError, NotADirectoryError) as error:
+                raise _taken(name) from error
+        elif self.disk.links or not self.disk.unlinks_open:
+            self.disk.publish(source, folder, name)
+        else:
+            fd = self.disk.open(self._lock, os.O_RDWR | os.O_CREAT)
+            try:
+                self.disk.lock(fd)
+                self.disk.publish(source, folder, name)
+            finally:
+                self.disk.close(fd)
+
+
+def _are_equal(disk: Disk, fd: int, other: int, start: int, end: int) -> bool:
+    """Compare [start, end) of two open files."""
+    for low in range(start, end, BLOCK_SIZE):
+        size = min(BLOCK_SIZE, end - low)
+        if disk.read(fd, size, low) != disk.read(other, size, low):
+            return False
+    return True
+
+
 class Store:
     """Uploads on disk::
 
@@ -1552,18 +1829,22 @@ class Store:
             temp_dir or os.path.join(upload_dir, ".flowserver")
         )
         self.disk = disk or Disk()
+        self.announce = announce
+        self.clock = clock
         self.open_uploads = 0
         self.warnings: List[str] = []
-        self._state_dir = os.path.join(self.temp_dir, "v1")
-        self._on_conflict = on_conflict
-        self._announce = announce
-        self._clock = clock
+        self.state_dir = os.path.join(self.temp_dir, "v1")
+        self.process = _Process(self.disk, self.state_dir)
+        self.publisher = _Publisher(
+            self.disk, self.upload_dir, on_conflict, self._path("names.lock")
+        )
         self._mutex = threading.Lock()
+        self._pid = os.getpid()
         self._ledgers: Dict[str, _Ledger] = {}
         self._idle: collections.OrderedDict[str, _Ledger] = collections.OrderedDict()
-        self._flushed_folders: Dict[str, bool] = {}
-        self._token, self._token_fd, self._pid = "", -1, os.getpid()
-        self._part_count = 0
+        self._bodies: Dict[str, List[Receiving]] = {}  # under way, by key
+        self._deferred: Dict[str, Mapping[str, str]] = {}  # complete, by key: fields
+        self._announcing: Dict[str, bool] = {}  # generations
         try:
             with _explained():
                 self._make_folders()
@@ -1585,16 +1866,13 @@ class Store:
 
         False as soon as nothing is missing, so that a last chunk comes and finishes.
         """
-        who = _sender_hash(sender)
-        with _explained(), self._entered(upload) as ledger:
+        with _explained(), self.entered(upload) as ledger:
             if ledger is None or ledger.finished or ledger.is_complete:
                 return False
-            found = ledger.ranges.within(start, end)
-            if ledger.ranges.gaps(start, end) or {who} != {
-                word for _, _, word in found
-            }:
+            sent = ledger.sent.get(_sender_hash(sender))
+            if start >= end or sent is None or sent.gaps(start, end):
                 return False
-            self._flush_ledger(ledger)
+            self.flush_ledger(ledger)
             return True
 
     def knows(self, upload: Upload) -> bool:
@@ -1605,27 +1883,25 @@ class Store:
         self, upload: Upload, sender: str
     ) -> Tuple[List[Tuple[int, int]], Optional[Done]]:
         """Return the ranges that this sender need not send, and the end if any."""
-        who = _sender_hash(sender)
-        with _explained(), self._entered(upload) as ledger:
+        with _explained(), self.entered(upload) as ledger:
             if ledger is None:
                 return [], None
-            ranges = [(low, high) for low, high, word in ledger.ranges if word == who]
+            ranges = list(ledger.sent.get(_sender_hash(sender), ()))
             if ledger.finished:
-                known = bool(ranges) and self._is_intact(ledger)
-                return ranges, self._done(ledger) if known else None
-            self._flush_ledger(ledger)
+                is_known = bool(ranges) and self.is_intact(ledger)
+                return ranges, self._done(ledger) if is_known else None
+            self.flush_ledger(ledger)
             return ranges, None
 
     def forget(self, upload: Upload, sender: str) -> bool:
         """Drop an unfinished upload that `sender` began or sent bytes of."""
         who = _sender_hash(sender)
-        with _explained(), self._entered(upload) as ledger:
+        with _explained(), self.entered(upload) as ledger:
             if ledger is None or ledger.finished:
                 return False
-            senders = {word for _, _, word in ledger.ranges} | {ledger.opener}
-            if who not in senders:
+            if who != ledger.opener and who not in ledger.sent:
                 return False
-            self._forget(ledger)
+            self.drop(ledger)
             return True
 
     def sweep(self, stale_after: float, keep_receipts: float) -> None:
@@ -1634,29 +1910,26 @@ class Store:
         Meant for the start and now and then; safe beside other processes.
         """
         with _explained():
-            names = self.disk.list(self._state_dir)
-            self._sweep_dead_processes(names)
-            datas = collections.defaultdict(list)
-            for name in names:
-                if name.endswith(".data"):
-                    datas[name.partition("-")[0]].append(name)
-            keys = {name[:-7] for name in names if name.endswith(".ledger")}
-            unfinished = 0
-            for key in keys | set(datas):
-                try:
-                    unfinished += self._sweep_upload(
-                        key, datas.get(key, []), stale_after, keep_receipts
-                    )
-                except (FlowError, OSError) as error:  # the others want their turn
-                    self.warnings.append(
-                        f"upload {key} can't be brought in order: {error}"
-                    )
-            self.open_uploads = unfinished
+            names = self.disk.list(self.state_dir)
+            self.process.sweep(names)
+        datas: Dict[str, List[str]] = {}
+        for name in names:
+            if name.endswith(".ledger"):
+                datas.setdefault(name[:-7], [])
+            elif name.endswith(".data"):
+                datas.setdefault(name.partition("-")[0], []).append(name)
+        unfinished = 0
+        for key, files in datas.items():
+            try:
+                unfinished += self._sweep_upload(key, files, stale_after, keep_receipts)
+            except (FlowError, OSError) as error:  # the others want their turn
+                self.warnings.append(f"upload {key} can't be brought in order: {error}")
+        self.open_uploads = unfinished
 
     def count(self) -> None:
         """Count the unfinished uploads of all processes anew."""
         with _explained():
-            names = self.disk.list(self._state_dir)
+            names = self.disk.list(self.state_dir)
         self.open_uploads = sum(name.endswith(".data") for name in names)
 
     def close(self) -> None:
@@ -1666,36 +1939,42 @@ class Store:
             while self._idle:
                 key, ledger = self._idle.popitem()
                 self.disk.close(self._ledgers.pop(key).fd)
-            if self._token:
-                self.disk.close(self._token_fd)
-                self.disk.unlink(self._path(self._token + ".live"))
-                self._token = ""
+        self.process.close()
 
     # Folders
 
+    def _path(self, name: str) -> str:
+        return os.path.join(self.state_dir, name)
+
+    def data_path(self, ledger: _Ledger) -> str:
+        """Return where the bytes of an unfinished upload are."""
+        return self._path(f"{ledger.key}-{ledger.generation}.data")
+
     def _make_folders(self) -> None:
         os.makedirs(self.upload_dir, exist_ok=True)
-        for path in (self.temp_dir, self._state_dir):
+        for path in (self.temp_dir, self.state_dir):
             self.disk.make_folder(path, 0o700)
-        if os.stat(self.upload_dir).st_dev != os.stat(self._state_dir).st_dev:
+        if os.stat(self.upload_dir).st_dev != os.stat(self.state_dir).st_dev:
             raise Trouble(
                 f"temp_dir {self.temp_dir} is not on the same file system as upload_dir"
                 f" {self.upload_dir}."
             )
-        for path in (os.path.dirname(self.temp_dir), self.temp_dir):
-            self._flush_folder(path)
+        for path in (self.upload_dir, os.path.dirname(self.temp_dir), self.temp_dir):
+            self.publisher.flush_folder(path)
         self._try_links()
 
     def _try_links(self) -> None:
         """Find out whether files can have two names here; publication relies on it."""
         if not self.disk.links:
             return
-        part, fd = self.new_part()
+        part, fd = self.process.new_part()
         try:
-            with self._folder(self._state_dir) as folder:
+            with self.publisher.opened(self.state_dir) as folder:
                 self.disk.publish(part, folder, os.path.basename(part) + ".part")
             self.disk.unlink(part + ".part")
-        except OSError:
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
             self.disk.links = False
             self.warnings.append(
                 "This file system has no hard links: names are checked under a lock,"
@@ -1703,101 +1982,11 @@ class Store:
             )
         finally:
             self.disk.close(fd)
-            self.disk.unlink(part)
+            self.process.drop_part(part)
 
-    @contextlib.contextmanager
-    def _folder(self, path: str) -> Iterator[Folder]:
-        folder = self.disk.open_folder(path)
-        try:
-            yield folder
-        finally:
-            self.disk.close_folder(folder)
+    # Ledgers: found, kept, locked
 
-    def _flush_folder(self, path: str) -> None:
-        """Return when the names in a folder are on the disk."""
-        if self.disk.sync:
-            with self._folder(path) as folder:
-                self.disk.flush_folder(folder)
-
-    @contextlib.contextmanager
-    def _target_folder(self, path: str) -> Iterator[Folder]:
-        """Open the folder of a file below upload_dir, made where it is missing."""
-        parent = self.upload_dir
-        for word in path.split("/")[:-1]:
-            folder = os.path.join(parent, word)
-            is_new = self.disk.make_folder(folder)
-            self._require_folder(folder, word)
-            if is_new or folder not in self._flushed_folders:
-                self._flush_folder(parent)
-                if len(self._flushed_folders) > 10000:
-                    self._flushed_folders.clear()
-                self._flushed_folders[folder] = True
-            parent = folder
-        with self._folder(parent) as last:
-            yield last
-
-    def _require_folder(self, path: str, word: str) -> None:
-        status = self.disk.stat_path(path)
-        if status is None or not stat.S_ISDIR(status.st_mode):
-            raise _no_folder(word)
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self._state_dir, name)
-
-    def _data_path(self, ledger: _Ledger) -> str:
-        return self._path(f"{ledger.key}-{ledger.generation}.data")
-
-    # This process
-
-    def _live_token(self) -> str:
-        """Return this process's token, whose file is locked as long as it lives."""
-        with self._mutex:
-            self._notice_fork()
-            while not self._token:
-                token = secrets.token_hex(8)
-                path = self._path(token + ".live")
-                fd = self.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-                self.disk.lock(fd)
-                if self.disk.stat_path(path) is None:  # swept before it was locked
-                    self.disk.close(fd)
-                    continue
-                self._token, self._token_fd = token, fd
-            return self._token
-
-    def _is_alive(self, token: str) -> bool:
-        """Return whether the process of a token lives."""
-        if token == self._live_token():
-            return True
-        try:
-            fd = self.disk.open(self._path(token + ".live"), os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        try:
-            return not self.disk.try_lock(fd)
-        finally:
-            self.disk.close(fd)
-
-    def new_part(self) -> Tuple[str, int]:
-        """Make a private file; return its path and descriptor."""
-        token = self._live_token()
-        with self._mutex:
-            self._part_count += 1
-            path = self._path(f"{token}-{self._part_count}.part")
-        return path, self.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-
-    def _sweep_dead_processes(self, names: Sequence[str]) -> None:
-        alive: Dict[str, bool] = {}
-        for name in names:
-            if name.endswith((".live", ".part")):
-                token = re.split("[-.]", name)[0]
-                if token not in alive:
-                    alive[token] = self._is_alive(token)
-                if not alive[token]:
-                    self.disk.unlink(self._path(name))
-
-    # Ledgers: found, kept, locked, written
-
-    def _acquire(self, key: str, create: bool) -> Optional[_Ledger]:
+    def acquire(self, key: str, create: bool) -> Optional[_Ledger]:
         """Return the ledger of an upload, to be released; None when there is none."""
         with self._mutex:
             self._notice_fork()
@@ -1807,19 +1996,20 @@ class Store:
                 try:
                     fd = self.disk.open(self._path(key + ".ledger"), flags)
                 except FileNotFoundError:
-                    os.stat(self._state_dir)  # says so when the folder itself is gone
+                    os.stat(self.state_dir)  # says so when the folder itself is gone
                     return None
                 ledger = self._ledgers[key] = _Ledger(key, fd)
             self._idle.pop(key, None)
             ledger.users += 1
             return ledger
 
-    def _keep(self, ledger: _Ledger) -> None:
-        """Count one more user; each ends with _release()."""
+    def keep(self, ledger: _Ledger) -> None:
+        """Count one more user; each ends with release()."""
         with self._mutex:
             ledger.users += 1
 
-    def _release(self, ledger: _Ledger) -> None:
+    def release(self, ledger: _Ledger) -> None:
+        """Count one user less; the last one closes what need not stay open."""
         with self._mutex:
             ledger.users -= 1
             if ledger.is_dead and self._ledgers.get(ledger.key) is ledger:
@@ -1834,7 +2024,7 @@ class Store:
     def _rest(self, ledger: _Ledger) -> None:
         """Keep a ledger open between chunks, where an open file can be removed."""
         self._idle[ledger.key] = ledger
-        while len(self._idle) > (_IDLE_LEDGERS if os.name != "nt" else 0):
+        while len(self._idle) > (_IDLE_LEDGERS if self.disk.unlinks_open else 0):
             key, oldest = self._idle.popitem(last=False)
             del self._ledgers[key]
             self.disk.close(oldest.fd)
@@ -1842,83 +2032,63 @@ class Store:
     def _notice_fork(self) -> None:
         """Begin anew in a forked child: the descriptors are its parent's."""
         if self._pid != os.getpid():
-            self._pid, self._token = os.getpid(), ""
-            self._ledgers.clear()
-            self._idle.clear()
+            self._pid = os.getpid()
+            for kept in (self._ledgers, self._idle, self._bodies, self._deferred):
+                kept.clear()
 
     def _close_data(self, ledger: _Ledger) -> None:
-        fds, ledger.retired_fds = ledger.retired_fds, []
-        if ledger.data_fd is not None:
-            fds.append(ledger.data_fd)
-        ledger.data_fd, ledger.is_home = None, False
-        for fd in fds:
-            self.disk.close(fd)
+        ledger.retire_data()
+        while ledger.retired_fds:
+            self.disk.close(ledger.retired_fds.pop())
 
     @contextlib.contextmanager
-    def _locked(self, ledger: _Ledger) -> Iterator[None]:
+    def locked(self, ledger: _Ledger) -> Iterator[None]:
         """Hold the upload's lock, between threads and processes, and know its state."""
         with ledger.mutex:
             self.disk.lock(ledger.fd)
             try:
-                self._refresh(ledger)
+                self.refresh(ledger)
                 yield
             finally:
                 self.disk.unlock(ledger.fd)
 
-    def _refresh(self, ledger: _Ledger) -> None:
+    def refresh(self, ledger: _Ledger) -> None:
+        """Read what other processes have written; to be called under the lock."""
         status = self.disk.stat(ledger.fd)
         if status.st_nlink == 0 or status.st_size < ledger.offset:
+            ledger.is_dead = True
+        elif ledger.head != self.disk.read(ledger.fd, len(ledger.head), 0):
             ledger.is_dead = True
         elif status.st_size > ledger.offset:
             size = status.st_size - ledger.offset
             ledger.read_lines(self.disk.read(ledger.fd, size, ledger.offset))
             ledger.is_torn = status.st_size > ledger.offset
+            if not self.disk.unlinks_open:
+                ledger.head = self.disk.read(ledger.fd, min(64, ledger.offset), 0)
 
     @contextlib.contextmanager
-    def _entered(
+    def entered(
         self, upload: Upload, opener: Optional[str] = None
     ) -> Iterator[Optional[_Ledger]]:
         """Yield the upload's ledger, locked; opened by `opener` when there is none."""
         while True:
-            ledger = self._acquire(upload.key, opener is not None)
+            ledger = self.acquire(upload.key, opener is not None)
             if ledger is None:
                 yield None
                 return
             try:
-                with self._locked(ledger):
+                with self.locked(ledger):
                     if not ledger.is_dead:
                         if opener is not None and not ledger.generation:
-                            self._open_upload(ledger, upload, opener, ())
+                            self._open_upload(ledger, upload, opener)
                         yield ledger if ledger.generation else None
                         return
             finally:
-                self._release(ledger)
+                self.release(ledger)
 
-    def _open_upload(
-        self,
-        ledger: _Ledger,
-        upload: Upload,
-        sender: str,
-        ranges: Sequence[Tuple[int, int, str]],
-        generation: str = "",
-    ) -> None:
-        values = {
-            "version": 1,
-            "generation": generation or secrets.token_hex(8),
-            "upload": upload,
-            "sender": sender,
-            "boot": "" if self.disk.sync else self.disk.boot_id(),
-            "time": self._clock(),
-            "ranges": ranges,
-        }
-        self._append(ledger, _ledger_line("upload", values))
-        self._count(1)
+    # Ledgers: written
 
-    def _count(self, change: int) -> None:
-        with self._mutex:
-            self.open_uploads = max(0, self.open_uploads + change)
-
-    def _append(self, ledger: _Ledger, lines: bytes) -> None:
+    def append(self, ledger: _Ledger, lines: bytes) -> None:
         """Write lines and take them as read; a half-written line is cut off later."""
         if ledger.is_torn:
             self.disk.truncate(ledger.fd, ledger.offset)
@@ -1927,26 +2097,101 @@ class Store:
         ledger.is_torn = False
         ledger.read_lines(lines)
 
-    def _flush_ledger(self, ledger: _Ledger) -> None:
+    def flush_ledger(self, ledger: _Ledger) -> None:
         """Return when the lines so far are on the disk; threads share a flush."""
         wanted = ledger.offset
         with ledger.flushing:
             if ledger.flushed >= wanted:
                 return
             reached = ledger.offset
-            if (
-                ledger.is_suspect
-            ):  # the system may have given up lines: write them again
-                lines = self.disk.read(ledger.fd, reached, 0)
-                self.disk.write(ledger.fd, lines, 0)
+            if ledger.is_suspect:  # lines may have been given up: write them again
+                self.disk.write(ledger.fd, self.disk.read(ledger.fd, reached, 0), 0)
             ledger.is_suspect = True
             self.disk.flush(ledger.fd)
             if not ledger.is_named:
-                self._flush_folder(self._state_dir)
+                self.publisher.flush_folder(self.state_dir)
                 ledger.is_named = True
             ledger.flushed, ledger.is_suspect = reached, False
 
-    def _flush_data(self, ledger: _Ledger) -> None:
+    def _open_upload(
+        self,
+        ledger: _Ledger,
+        upload: Upload,
+        sender: str,
+        ranges: Sequence[Tuple[int, int]] = (),
+        generation: str = "",
+    ) -> None:
+        values = {
+            "version": 1,
+            "generation": generation or secrets.token_hex(8),
+            "upload": upload,
+            "sender": sender,
+            "boot": "" if self.disk.sync else self.disk.boot_id(),
+            "time": self.clock(),
+            "ranges": ranges,
+        }
+        self.append(ledger, _ledger_line("upload", values))
+        self._count(1)
+
+    def _count(self, change: int) -> None:
+        with self._mutex:
+            self.open_uploads = max(0, self.open_uploads + change)
+
+    def begin_afresh(
+        self,
+        ledger: _Ledger,
+        upload: Upload,
+        sender: str,
+        ranges: Sequence[Tuple[int, int]],
+    ) -> None:
+        """Open a new upload in a finished one's ledger, with `ranges` of its file."""
+        generation = secrets.token_hex(8)
+        if ranges:
+            published = self.data(ledger)
+            path = self._path(f"{ledger.key}-{generation}.data")
+            fd = self.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            try:
+                for start, end in ranges:
+                    self._copy(published, fd, start, end)
+                self.disk.flush(fd)
+                self.publisher.flush_folder(self.state_dir)
+            except OSError:
+                self._discard(path)
+                raise
+            finally:
+                self.disk.close(fd)
+        self._open_upload(ledger, upload, sender, ranges, generation)
+
+    def _copy(self, source: int, target: int, start: int, end: int) -> None:
+        for low in range(start, end, BLOCK_SIZE):
+            block = self.disk.read(source, min(BLOCK_SIZE, end - low), low)
+            self.disk.write(target, block, low)
+
+    # The data file
+
+    def data(self, ledger: _Ledger) -> int:
+        """Return a descriptor of the upload's bytes; never makes the file."""
+        if ledger.data_fd is None:
+            if ledger.finished:
+                path = self.publisher.path(ledger.finished.path)
+                ledger.data_fd = self.disk.open(path, os.O_RDONLY)
+            else:
+                ledger.data_fd = self.disk.open(self.data_path(ledger), os.O_RDWR)
+        return ledger.data_fd
+
+    def make_home(self, ledger: _Ledger) -> bool:
+        """Be the one process that writes this upload in place, if no other is."""
+        if not ledger.is_home:
+            ledger.is_home = self.disk.try_lock(self.data(ledger))
+        return ledger.is_home
+
+    def leave_home(self, ledger: _Ledger) -> None:
+        """Let another process write in place when nobody here does."""
+        if ledger.is_home and not ledger.attempts and ledger.data_fd is not None:
+            self.disk.unlock(ledger.data_fd)
+            ledger.is_home = False
+
+    def flush_data(self, ledger: _Ledger) -> None:
         """Return when the bytes so far are on the disk; threads share a flush."""
         wanted = ledger.writes
         with ledger.flushing:
@@ -1954,97 +2199,173 @@ class Store:
                 return
             reached = ledger.writes
             try:
-                self.disk.flush(self._data(ledger))
+                self.disk.flush(self.data(ledger))
             except OSError:
                 # A failed flush is told once: nobody may trust what it covered.
                 ledger.failed_flushes += 1
                 raise
             ledger.flushed_writes = reached
 
-    def _require_flushed(self, ledger: _Ledger, failed_before: int) -> None:
+    def require_flushed(self, ledger: _Ledger, failed_before: int) -> None:
         """Raise Trouble when a flush failed that may have covered somebody's bytes."""
         if ledger.failed_flushes != failed_before:
             raise Trouble("The disk could not store the chunk; please try again.")
 
-    # The data file
-
-    def _data(self, ledger: _Ledger) -> int:
-        """Return a descriptor of the upload's bytes, for this process."""
-        if ledger.data_fd is None:
-            if ledger.finished:
-                path = os.path.join(self.upload_dir, ledger.finished.path)
-                ledger.data_fd = self.disk.open(path, os.O_RDONLY)
-            else:
-                flags = os.O_RDWR | os.O_CREAT
-                ledger.data_fd = self.disk.open(self._data_path(ledger), flags)
-        return ledger.data_fd
-
-    def _make_home(self, ledger: _Ledger) -> bool:
-        """Be the one process that writes this upload in place, if no other is."""
-        if not ledger.is_home:
-            ledger.is_home = self.disk.try_lock(self._data(ledger))
-        return ledger.is_home
-
-    def _exchange_data(self, ledger: _Ledger, fd: Optional[int]) -> None:
-        """Take another data file; who still reads the old one may go on."""
-        if ledger.data_fd is not None:
-            ledger.retired_fds.append(ledger.data_fd)
-        ledger.data_fd, ledger.is_home = fd, False
-
-    def _leave_home(self, ledger: _Ledger) -> None:
-        if ledger.is_home and not ledger.attempts and ledger.data_fd is not None:
-            self.disk.unlock(ledger.data_fd)
-            ledger.is_home = False
-
-    def _is_equal(self, fd: int, block: memoryview, offset: int) -> bool:
-        return self.disk.read(fd, len(block), offset) == block
-
-    def _files_equal(self, fd: int, other: int, start: int, end: int, at: int) -> bool:
-        """Compare [start, end) of a file with as many bytes from `at` of another."""
+    def merge(self, ledger: _Ledger, part: int, start: int, end: int) -> None:
+        """Copy [start, end), which is not recorded, from a part into the data file."""
+        data, is_same = self.data(ledger), True
         for low in range(start, end, BLOCK_SIZE):
-            size = min(BLOCK_SIZE, end - low)
-            mine = self.disk.read(fd, size, low)
-            if mine != self.disk.read(other, size, at + low - start):
-                return False
-        return True
-
-    def _merge(
-        self, ledger: _Ledger, part: int, start: int, gap: Tuple[int, int]
-    ) -> int:
-        """Copy a gap's bytes from a part that begins at `start` into the data file.
-
-        Returns up to where the data file held the same bytes already.
-        """
-        data, same = self._data(ledger), gap[1]
-        for low in range(gap[0], gap[1], BLOCK_SIZE):
-            size = min(BLOCK_SIZE, gap[1] - low)
-            mine = self.disk.read(part, size, low - start)
-            if same == gap[1]:
-                theirs = self.disk.read(data, size, low)
+            mine = self.disk.read(part, min(BLOCK_SIZE, end - low), low)
+            if is_same:
+                theirs = self.disk.read(data, len(mine), low)
                 if mine == theirs:
                     continue
-                same = low + _first_difference(mine, theirs)
+                is_same = False
+                # Whoever has written there, in whatever process, must not record it.
+                first = low + _first_difference(mine, theirs)
+                self.append(ledger, _ledger_line("merge", first, end))
             self.disk.write(data, mine, low)
         ledger.writes += 1
-        return same
+
+    def adopt(self, ledger: _Ledger, part: str) -> bool:
+        """Make a private file the data file, if there is none yet."""
+        path = self.data_path(ledger)
+        if ledger.ranges.total or ledger.finished or self.disk.stat_path(path):
+            return False
+        self.disk.rename(part, path)
+        # Before a line says that its bytes are there.
+        self.publisher.flush_folder(self.state_dir)
+        ledger.is_named = True
+        return True
+
+    # Two versions under one identifier
+
+    def refuse_difference(
+        self, ledger: _Ledger, body: Receiving, start: int, end: int, is_late: bool
+    ) -> None:
+        """Raise Conflict: [start, end) is recorded with other bytes.
+
+        What this sender alone had sent is forgotten, so that the next try starts
+        afresh, unless it came while this body was under way (`is_late`).  Where two
+        senders have stored bytes, nothing is finished that is not all of one version.
+        """
+        others = set(ledger.sent) - {body.sender}
+        if not ledger.finished and not others and not is_late:
+            self.drop(ledger)
+        elif not ledger.finished and others and body.sender in ledger.sent:
+            quiet = self.clock() - self.disk.stat(ledger.fd).st_mtime
+            if ledger.is_contested and quiet > _QUIET_SECONDS:
+                self.drop(ledger)
+            elif not ledger.is_contested:
+                self.append(ledger, _ledger_line("contested"))
+        raise _different()
+
+    def join(self, body: Receiving) -> None:
+        """Count a body as under way."""
+        with self._mutex:
+            self._bodies.setdefault(body.upload.key, []).append(body)
+
+    def leave(self, body: Receiving) -> None:
+        """Count a body as ended; the last one finishes what had to wait for it."""
+        key = body.upload.key
+        with self._mutex:
+            bodies = self._bodies.get(key, [])
+            if body in bodies:
+                bodies.remove(body)
+            if bodies:
+                return
+            self._bodies.pop(key, None)
+            fields = self._deferred.pop(key, None)
+        if fields is not None:
+            self._finish_deferred(body.upload, fields)
+
+    def _finish_deferred(self, upload: Upload, fields: Mapping[str, str]) -> None:
+        try:
+            with _explained(), self.entered(upload) as ledger:
+                if ledger is None or ledger.finished or ledger.is_contested:
+                    return
+                progress = self.settle(ledger, None, fields)
+                self.keep(ledger)
+            try:
+                self.conclude(ledger, progress)
+            finally:
+                self.release(ledger)
+        except FlowError as error:  # the next chunk, or the sweep, tries again
+            self.warnings.append(f"{upload.path} can't be finished yet: {error}")
+
+    def _may_finish(
+        self, ledger: _Ledger, body: Optional[Receiving], fields: Mapping[str, str]
+    ) -> bool:
+        """Whether a complete upload is one version, as far as can be known.
+
+        Two people may send different files under one identifier.  As clients begin
+        their chunks in order, whoever has a difference to tell is still at it when the
+        last byte comes: then the end waits for all bodies under way.
+        """
+        if ledger.is_one_version:
+            return True
+        if ledger.is_contested:
+            return False
+        with self._mutex:
+            others = [
+                one for one in self._bodies.get(ledger.key, ()) if one is not body
+            ]
+            if others:
+                self._deferred[ledger.key] = fields
+        return not others
 
     # The end
 
-    def _settle(self, ledger: _Ledger, fields: Mapping[str, str]) -> Progress:
+    def settle(
+        self, ledger: _Ledger, body: Optional[Receiving], fields: Mapping[str, str]
+    ) -> Progress:
         """Say how far the upload is; finish it when nothing is missing."""
-        is_new = ledger.is_complete and not ledger.finished
-        if is_new:
-            self._finish(ledger, fields)
+        is_new = False
+        if ledger.is_complete and not ledger.finished:
+            if self._may_finish(ledger, body, fields):
+                self._finish(ledger, body, fields)
+                is_new = True
         done = self._done(ledger) if ledger.finished else None
+        is_new = is_new or bool(done and self.announce and not ledger.is_announced)
         sizes = (ledger.ranges.total, ledger.upload.size)
         return Progress(*sizes, done, is_new, ledger.began)
+
+    def conclude(self, ledger: _Ledger, progress: Progress) -> Progress:
+        """Make a commit durable and announce the end; to be called without the lock."""
+        self.flush_ledger(ledger)
+        if progress.is_new and self.announce:
+            return progress._replace(is_new=self._announce_end(ledger))
+        return progress
+
+    def _announce_end(self, ledger: _Ledger) -> bool:
+        """Call on_complete outside of all locks, if nobody has or is about to."""
+        assert self.announce is not None
+        with self.locked(ledger):
+            finished, generation = ledger.finished, ledger.generation
+            if finished is None or ledger.is_announced or ledger.is_dead:
+                return False
+            is_other = finished.token != self.process.token()
+            if is_other and self.process.is_alive(finished.token):
+                return False
+            with self._mutex:
+                if generation in self._announcing:
+                    return False
+                self._announcing[generation] = True
+            done = self._done(ledger)
+        self.announce(done)
+        with contextlib.suppress(OSError), self.locked(ledger):
+            if not ledger.is_dead and ledger.generation == generation:
+                self.append(ledger, _ledger_line("announced"))
+            with self._mutex:
+                del self._announcing[generation]
+        return True
 
     def _done(self, ledger: _Ledger) -> Done:
         finished, upload = ledger.finished, ledger.upload
         assert finished is not None
         return Done(
             id=f"{ledger.key}-{ledger.generation}",
-            path=os.path.join(self.upload_dir, *finished.path.split("/")),
+            path=self.publisher.path(finished.path),
             relative_path=finished.path,
             filename=finished.path.rpartition("/")[2],
             size=upload.size,
@@ -2053,287 +2374,182 @@ class Store:
             fields=finished.fields,
         )
 
-    def _finish(self, ledger: _Ledger, fields: Mapping[str, str]) -> None:
+    def _finish(
+        self, ledger: _Ledger, body: Optional[Receiving], fields: Mapping[str, str]
+    ) -> None:
         """Publish a complete upload and turn its ledger into the receipt.
 
         The lines are on the disk before the name is, so that after a power cut nobody
         takes the published file for an unfinished one and writes into it.
         """
-        given = dict(fields) if self._announce else {}
-        path = self._published(ledger) or self._publish_safely(ledger, given)
-        kept = next(
-            (f for name, _, f in reversed(ledger.intents) if name == path), given
-        )
-        status = self.disk.stat_path(os.path.join(self.upload_dir, path))
-        inode, modified = (status.st_ino, status.st_mtime_ns) if status else (0, 0)
-        is_announced = self._announce is None
-        token = "" if is_announced else self._live_token()
+        given = dict(fields) if self.announce else {}
+        path = self._published(ledger) or self._publish_or_drop(ledger, given)
+        kept = [fields for name, _, fields in ledger.intents if name == path]
+        status = self.publisher.stat(path)
         finished = _Finished(
-            path, ledger.upload.size, inode, modified, token, is_announced, kept
+            path=path,
+            size=ledger.upload.size,
+            inode=status.st_ino if status else 0,
+            modified=status.st_mtime_ns if status else 0,
+            token=self.process.token() if self.announce else "",
+            last=(body.start, body.end, body.sender) if body else (0, 0, ""),
+            fields=kept[-1] if kept else given,
         )
-        self._append(ledger, _ledger_line("finished", finished._asdict()))
-        self._flush_ledger(ledger)
-        self.disk.unlink(self._data_path(ledger))
+        data = self.data_path(ledger)
+        self.append(ledger, _ledger_line("finished", finished._asdict()))
+        self.flush_ledger(ledger)
+        self._discard(data)
         self._count(-1)
-
-    def _publish_safely(self, ledger: _Ledger, fields: Dict[str, str]) -> str:
-        """Publish; drop the upload when it can never be published."""
-        if self.disk.stat(self._data(ledger)).st_size != ledger.upload.size:
-            self._forget(
-                ledger
-            )  # a power cut without sync: the ledger outlived the data
-            raise Trouble("Stored bytes of this file were lost; please send it again.")
-        try:
-            return self._publish(ledger, fields)
-        except Conflict:
-            self._forget(ledger)
-            raise
 
     def _published(self, ledger: _Ledger) -> str:
         """Return the name that a crash left the data file under, or ""."""
         for path, inode, _ in reversed(ledger.intents):
-            status = self.disk.stat_path(os.path.join(self.upload_dir, path))
+            status = self.publisher.stat(path)
             if status and (status.st_ino, status.st_size) == (
                 inode,
                 ledger.upload.size,
             ):
-                with self._target_folder(path) as folder:
+                with self.publisher.folder_of(path) as folder:
                     self.disk.flush_folder(folder)
                 return path
         return ""
 
+    def _publish_or_drop(self, ledger: _Ledger, fields: Dict[str, str]) -> str:
+        """Publish; drop the upload when it can never be published."""
+        if self.disk.stat(self.data(ledger)).st_size != ledger.upload.size:
+            self.drop(ledger)  # a power cut without sync: the ledger outlived the data
+            raise Trouble("Stored bytes of this file were lost; please send it again.")
+        try:
+            return self._publish(ledger, fields)
+        except Conflict:
+            self.drop(ledger)
+            raise
+
     def _publish(self, ledger: _Ledger, fields: Dict[str, str]) -> str:
         """Give the data file its name; return the path below upload_dir."""
         parent, slash, name = ledger.upload.path.rpartition("/")
-        inode = self.disk.stat(self._data(ledger)).st_ino
+        inode = self.disk.stat(self.data(ledger)).st_ino
 
-        def attempt(folder: Folder, candidate: str) -> None:
+        def give(candidate: str) -> None:
             path = parent + slash + candidate
-            self._append(ledger, _ledger_line("publish", path, inode, fields))
-            self._flush_ledger(ledger)
-            if os.name == "nt":
+            self.append(ledger, _ledger_line("publish", path, inode, fields))
+            self.flush_ledger(ledger)
+            if not self.disk.unlinks_open:  # nor renames
                 self._close_data(ledger)
-            self._give_name(self._data_path(ledger), folder, candidate)
+            self.publisher.give(self.data_path(ledger), folder, candidate)
 
-        with self._target_folder(ledger.upload.path) as folder:
-            return parent + slash + self._choose_name(folder, name, ledger, attempt)
+        with self.publisher.folder_of(ledger.upload.path) as folder:
+            chosen = self.publisher.choose(
+                folder, name, lambda: self.data(ledger), give
+            )
+        return parent + slash + chosen
 
-    def _choose_name(
-        self,
-        folder: Folder,
-        name: str,
-        ledger: _Ledger,
-        attempt: Callable[[Folder, str], None],
-    ) -> str:
-        """Find a name as on_conflict says and `attempt` it; return the one it became.
-
-        A file of that name with the same bytes is as good as ours: no second copy.
-        """
-        candidate = name
-        while True:
-            existing = self.disk.named(folder, candidate)
-            data = self._data(ledger)
-            if existing and self._same_file(data, folder, candidate, existing):
-                self.disk.flush_folder(folder)
-                return candidate
-            if existing is None or self._on_conflict == "replace":
-                with contextlib.suppress(FileExistsError):
-                    attempt(folder, candidate)
-                    self.disk.flush_folder(folder)
-                    return candidate
-            elif self._on_conflict == "refuse":
-                raise _taken(name)
-            else:
-                candidate = self._free_number(folder, name)
-
-    def _same_file(
-        self, fd: int, folder: Folder, name: str, existing: os.stat_result
-    ) -> bool:
-        mine = self.disk.stat(fd)
-        if (mine.st_ino, mine.st_dev) == (existing.st_ino, existing.st_dev):
-            return True
-        if mine.st_size != existing.st_size or not stat.S_ISREG(existing.st_mode):
-            return False
-        other = self.disk.open(os.path.join(folder.path, name), os.O_RDONLY)
-        try:
-            return self._files_equal(fd, other, 0, mine.st_size, 0)
-        finally:
-            self.disk.close(other)
-
-    def _free_number(self, folder: Folder, name: str) -> str:
-        """Return a free numbered name in a logarithmic number of looks.
-
-        Not from 1 each time: 10,000 files of one name would make the next one slow.
-        """
-        low, high = 0, 1
-        while self.disk.named(folder, numbered(name, high)):
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.disk.named(folder, numbered(name, middle)):
-                low = middle
-            else:
-                high = middle
-        return numbered(name, high)
-
-    def _give_name(self, source: str, folder: Folder, name: str) -> None:
-        if self._on_conflict == "replace":
-            try:
-                self.disk.replace(source, folder, name)
-            except (IsADirectoryError, NotADirectoryError) as error:
-                raise _taken(name) from error
-            return
-        if self.disk.links or os.name == "nt":
-            self.disk.publish(source, folder, name)
-            return
-        with self._name_lock():
-            self.disk.publish(source, folder, name)
-
-    @contextlib.contextmanager
-    def _name_lock(self) -> Iterator[None]:
-        fd = self.disk.open(self._path("names.lock"), os.O_RDWR | os.O_CREAT)
-        try:
-            self.disk.lock(fd)
-            yield
-        finally:
-            self.disk.close(fd)
-
-    def _publish_part(self, upload: Upload, path: str, fd: int) -> Optional[Progress]:
-        """Finish a file that came as one chunk: a link, and no ledger.
-
-        Returns None when its name is taken and it must get another one: that needs a
-        receipt, so that the same chunk sent again finds the same name.
-        """
-        name = upload.path.rpartition("/")[2]
-        with self._target_folder(upload.path) as folder:
-            is_new = self._name_part(path, fd, folder, name)
-            if is_new is None:
-                return None
-            self.disk.flush_folder(folder)
-        final = os.path.join(self.upload_dir, *upload.path.split("/"))
-        name_and_size = (upload.path, name, upload.size)
-        who = (upload.owner, upload.identifier)
-        done = Done(
-            f"{upload.key}-{secrets.token_hex(8)}", final, *name_and_size, *who, {}
-        )
-        return Progress(upload.size, upload.size, done, is_new)
-
-    def _name_part(
-        self, path: str, fd: int, folder: Folder, name: str
-    ) -> Optional[bool]:
-        """Return True when the name was given, False when it had these very bytes."""
-        existing = None
-        if self._on_conflict == "replace":
-            existing = self.disk.named(folder, name)
-        if existing is None or not self._same_file(fd, folder, name, existing):
-            try:
-                self._give_name(path, folder, name)
-                return True
-            except FileExistsError:
-                existing = self.disk.named(folder, name)
-        if existing and self._same_file(fd, folder, name, existing):
-            return False
-        if self._on_conflict == "refuse":
-            raise _taken(name)
-        return None
-
-    def _is_intact(self, ledger: _Ledger) -> bool:
+    def is_intact(self, ledger: _Ledger) -> bool:
         """Return whether the finished file is still there as it was published."""
         finished = ledger.finished
-        if finished is None:
-            return False
-        status = self.disk.stat_path(os.path.join(self.upload_dir, finished.path))
-        if status is None:
+        status = self.publisher.stat(finished.path) if finished else None
+        if status is None or finished is None:
             return False
         now = (status.st_size, status.st_ino, status.st_mtime_ns)
         return now == (finished.size, finished.inode, finished.modified)
 
-    def _announce_done(self, ledger: _Ledger) -> None:
-        """Call on_complete outside of all locks, and note that it has returned."""
-        if self._announce is None:
-            return
-        self._announce(self._done(ledger))
-        with self._locked(ledger):
-            if not ledger.is_dead and ledger.finished:
-                self._append(ledger, _ledger_line("announced"))
-
     # Cleaning
 
-    def _forget(self, ledger: _Ledger) -> None:
-        """Drop the upload; an empty ledger is none, so this needs no free space."""
+    def drop(self, ledger: _Ledger) -> None:
+        """Forget an upload; to be called under the lock.  Needs no free space.
+
+        The ledger goes first: without its name it is dead for whoever has it open.
+        """
+        data, path = self.data_path(ledger), self._path(ledger.key + ".ledger")
         if ledger.generation and not ledger.finished:
             self._count(-1)
-        self.disk.truncate(ledger.fd, 0)
-        self.disk.unlink(self._data_path(ledger))
-        self.disk.unlink(self._path(ledger.key + ".ledger"))
+        if self.disk.unlinks_open:
+            self.disk.unlink(path)
+        else:
+            self._close_data(ledger)
+            self.disk.truncate(ledger.fd, 0)
         ledger.is_dead = True
+        self._discard(data)
+
+    def _discard(self, path: str) -> None:
+        """Remove a file that nobody needs; what can't be removed now is swept later."""
+        with contextlib.suppress(OSError):
+            self.disk.unlink(path)
 
     def _sweep_upload(
         self, key: str, datas: Sequence[str], stale_after: float, keep_receipts: float
     ) -> bool:
         """Bring one upload in order; return whether it goes on."""
-        ledger = self._acquire(key, False)
+        ledger = self.acquire(key, False)
         if ledger is None:
-            self._unlink_all(datas)
+            self._discard_all(datas)
             return False
-        is_new = False
+        is_ended = False
         try:
-            with self._locked(ledger):
+            with self.locked(ledger):
                 if not ledger.is_dead:
-                    current = os.path.basename(self._data_path(ledger))
-                    self._unlink_all([name for name in datas if name != current])
-                    is_new = self._sweep_ledger(ledger, stale_after, keep_receipts)
+                    current = os.path.basename(self.data_path(ledger))
+                    self._discard_all([name for name in datas if name != current])
+                    is_ended = self._sweep_ledger(ledger, stale_after, keep_receipts)
                 goes_on = not ledger.is_dead and not ledger.finished
-            if is_new:
-                self._announce_done(ledger)
+            if is_ended and self.announce and not ledger.is_announced:
+                self._announce_end(ledger)
             return goes_on
         finally:
-            self._release(ledger)
+            self.release(ledger)
 
     def _sweep_ledger(
         self, ledger: _Ledger, stale_after: float, keep_receipts: float
     ) -> bool:
-        """Do what a ledger needs; return whether its end must be announced."""
-        age = self._clock() - self.disk.stat(ledger.fd).st_mtime
+        """Do what a ledger needs; return whether its upload has ended."""
+        age = self.clock() - self.disk.stat(ledger.fd).st_mtime
         if ledger.finished:
-            self.disk.unlink(self._data_path(ledger))
-            if not ledger.is_announced and self._announce:
-                return not self._is_alive(ledger.finished.token)
-            if age > keep_receipts:
-                self._forget(ledger)
-            return False
-        is_empty = not ledger.generation
-        if is_empty or (self._has_lost_data(ledger) and not self._published(ledger)):
-            self._forget(ledger)
-        elif ledger.is_complete:
-            self._finish(ledger, {})
-            return True
+            self._discard(self.data_path(ledger))
+            if age > keep_receipts and ledger.users == 1:
+                if ledger.is_announced or not self.announce:
+                    self.drop(ledger)
+            return not ledger.is_dead
+        if not ledger.generation:
+            if self.disk.unlinks_open:
+                self.drop(ledger)
+        elif self._has_lost_data(ledger) and not self._published(ledger):
+            self.drop(ledger)
+        elif ledger.is_complete and self._may_finish(ledger, None, {}):
+            self._finish(ledger, None, {})
         elif self._is_stale(ledger, age, stale_after):
-            self._forget(ledger)
-        return False
+            self.drop(ledger)
+        return bool(ledger.finished)
 
     def _has_lost_data(self, ledger: _Ledger) -> bool:
         """Whether recorded bytes may be missing: the power was cut with sync off."""
         if ledger.boot and ledger.boot != self.disk.boot_id():
             return True
-        status = self.disk.stat_path(self._data_path(ledger))
-        recorded = max((end for _, end, _ in ledger.ranges), default=0)
-        return recorded > (status.st_size if status else 0)
+        status = self.disk.stat_path(self.data_path(ledger))
+        return ledger.ranges.end > (status.st_size if status else 0)
 
     def _is_stale(self, ledger: _Ledger, age: float, stale_after: float) -> bool:
         if age <= stale_after or ledger.users > 1:
             return False
-        status = self.disk.stat_path(self._data_path(ledger))
+        status = self.disk.stat_path(self.data_path(ledger))
         if status is None:
             return True
         # Whoever writes in place holds the lock, in whatever process.
-        is_free = ledger.is_home or self._make_home(ledger)
-        self._leave_home(ledger)
-        return is_free and self._clock() - status.st_mtime > stale_after
+        is_free = self.make_home(ledger)
+        self.leave_home(ledger)
+        return is_free and self.clock() - status.st_mtime > stale_after
 
-    def _unlink_all(self, names: Iterable[str]) -> None:
+    def _discard_all(self, names: Iterable[str]) -> None:
         for name in names:
-            self.disk.unlink(self._path(name))
+            self._discard(self._path(name))
+
+
+_NO_LINKS = (
+    errno.EPERM,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    getattr(errno, "ENOTSUP", errno.EOPNOTSUPP),
+    errno.EMLINK,
+)
 
 
 def _sender_hash(sender: str) -> str:
@@ -2342,10 +2558,15 @@ def _sender_hash(sender: str) -> str:
 
 
 def _first_difference(mine: bytes, theirs: bytes) -> int:
-    for index, (a, b) in enumerate(zip(mine, theirs)):
-        if a != b:
-            return index
-    return min(len(mine), len(theirs))
+    """Return how many bytes two blocks have in common from the beginning."""
+    low, high = 0, min(len(mine), len(theirs))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if mine[:middle] == theirs[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _no_folder(word: str) -> Conflict:
@@ -2354,6 +2575,17 @@ def _no_folder(word: str) -> Conflict:
 
 def _taken(name: str) -> Conflict:
     return Conflict(f"There is a file {printable(name)} already.")
+
+
+def _cancelled() -> Conflict:
+    return Conflict("This upload was cancelled while the chunk was under way.")
+
+
+def _different() -> Conflict:
+    return Conflict(
+        "Other bytes are stored under this identifier: two versions of a file, or two"
+        " files, would be mixed."
+    )
 
 
 class Receiving:
@@ -2367,7 +2599,11 @@ class Receiving:
         self.start = start
         self.end = end
         self.sender = sender
-        self._way = self._find_way()
+        with contextlib.ExitStack() as undo:
+            store.join(self)
+            undo.callback(store.leave, self)
+            self._way = self._find_way()
+            undo.pop_all()
 
     def __enter__(self) -> Receiving:
         return self
@@ -2375,72 +2611,22 @@ class Receiving:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is all of the file."""
+        return self.end - self.start == self.upload.size
+
     def _find_way(self) -> _Way:
         """Choose how the bytes get where they belong."""
-        is_whole = self.end - self.start == self.upload.size
-        with self.store._entered(
-            self.upload, None if is_whole else self.sender
-        ) as ledger:
-            if ledger is None:
-                self._refuse_taken(is_whole)
-                return _Aside(self, None)
-            if ledger.finished and self.store._is_intact(ledger):
+        with self.store.entered(self.upload) as ledger:
+            if ledger is not None and ledger.finished and self.store.is_intact(ledger):
                 return _Repeated(self, ledger)
-            if ledger.finished:
-                self._begin_afresh(ledger, ())
-            elif not ledger.ranges.total and not ledger.is_complete:
-                self._refuse_or_forget(ledger)
-            if _InPlace.is_possible(self, ledger):
-                return _InPlace(self, ledger)
-            return _Aside(self, ledger)
-
-    def _refuse_or_forget(self, ledger: _Ledger) -> None:
-        try:
-            self._refuse_taken(False)
-        except Conflict:
-            if not ledger.attempts:
-                self.store._forget(ledger)
-            raise
-
-    def _refuse_taken(self, is_whole: bool) -> None:
-        """Say what can be said before the bytes have travelled.
-
-        A whole file of the size of the one that has its name may be the same again.
-        """
-        disk, path = self.store.disk, self.store.upload_dir
-        for word in self.upload.path.split("/")[:-1]:
-            path = os.path.join(path, word)
-            status = disk.stat_path(path)
-            if status and not stat.S_ISDIR(status.st_mode):
-                raise _no_folder(word)
-        if self.store._on_conflict == "refuse":
-            name = self.upload.path.rpartition("/")[2]
-            status = disk.stat_path(os.path.join(path, name))
-            if status and not (is_whole and status.st_size == self.upload.size):
-                raise _taken(name)
-
-    def _begin_afresh(
-        self, ledger: _Ledger, ranges: Sequence[Tuple[int, int, str]]
-    ) -> None:
-        """Open a new upload in a finished one's ledger, with `ranges` of its file."""
-        store, generation = self.store, secrets.token_hex(8)
-        path = store._path(f"{ledger.key}-{generation}.data")
-        fd = store.disk.open(path, os.O_RDWR | os.O_CREAT)
-        try:
-            for start, end, _ in ranges:
-                for low in range(start, end, BLOCK_SIZE):
-                    block = store.disk.read(
-                        store._data(ledger), min(BLOCK_SIZE, end - low), low
-                    )
-                    store.disk.write(fd, block, low)
-            store.disk.flush(fd)
-            store._flush_folder(store._state_dir)
-            store._open_upload(ledger, self.upload, self.sender, ranges, generation)
-        except OSError:
-            store.disk.close(fd)
-            store.disk.unlink(path)
-            raise
-        store._exchange_data(ledger, fd)
+            if ledger is not None and ledger.ranges.total and not ledger.finished:
+                if _InPlace.is_possible(self, ledger):
+                    return _InPlace(self, ledger)
+                return _Aside(self, ledger)
+        self.store.publisher.refuse_early(self.upload, self.is_whole)
+        return _Aside(self, None)
 
     def write(self, block: Union[bytes, memoryview]) -> None:
         """Take the next bytes.
@@ -2460,36 +2646,17 @@ class Receiving:
                 self.write(view)
 
     def _change_way(self) -> None:
-        """The bytes differ from the finished file: they belong to a new upload.
-
-        It begins with what this sender was told is stored, copied from the file.
-        """
+        """What was compared with a finished file belongs to a new upload."""
         old = self._way
         assert isinstance(old, _Repeated)
-        ledger, store = old.ledger, self.store
-        with store._locked(ledger):
-            if ledger.generation == old.generation and not ledger.is_dead:
-                self._begin_afresh(ledger, self._noted(ledger))
         try:
-            self._way = self._find_way()
+            self._way = old.successor() or self._find_way()
             for low in range(self.start, old.position, BLOCK_SIZE):
                 size = min(BLOCK_SIZE, old.position - low)
-                self.write(store.disk.read(old.fd, size, low))
+                self.write(self.store.disk.read(old.fd, size, low))
         finally:
             if self._way is not old:
                 old.close()
-
-    def _noted(self, ledger: _Ledger) -> List[Tuple[int, int, str]]:
-        """Return the ranges that this sender sent again lately, but for this one."""
-        mine = [note for note in ledger.notes if note[2] == self.sender]
-        noted, limit = Ranges(), self.store._clock() - _NOTE_SECONDS
-        for low, high, sender, when in mine:
-            if low < self.end and self.start < high:
-                if when < limit:  # an older sending, maybe of another version
-                    return []
-                continue
-            noted.add(low, high, sender)
-        return list(noted)
 
     def commit(self, fields: Optional[Mapping[str, str]] = None) -> Progress:
         """Record the bytes; raises Truncated, Conflict or Trouble, having done nothing.
@@ -2502,11 +2669,16 @@ class Receiving:
                 f" parameters say {self.end - self.start}."
             )
         with _explained():
-            return self._way.commit(fields or {})
+            progress = self._way.commit(fields or {})
+            if progress is None:
+                self._change_way()
+                return self.commit(fields)
+            return progress
 
     def close(self) -> None:
         """Let go; without a commit() nothing of it is left."""
         self._way.close()
+        self.store.leave(self)
 
 
 class _Way:
@@ -2520,10 +2692,11 @@ class _Way:
         self.position = body.start
         self.generation = ledger.generation if ledger else ""
         if ledger:
-            self.store._keep(ledger)
+            self.store.keep(ledger)
 
     @property
     def ledger(self) -> _Ledger:
+        """The ledger of the upload that this body began with."""
         assert self.ledger_or_none is not None
         return self.ledger_or_none
 
@@ -2531,25 +2704,29 @@ class _Way:
         """Take a block; False when another way must be found for it."""
         raise NotImplementedError
 
-    def commit(self, fields: Mapping[str, str]) -> Progress:
+    def commit(self, fields: Mapping[str, str]) -> Optional[Progress]:
+        """Record the bytes; None when another way must be found for them."""
         raise NotImplementedError
 
     def close(self) -> None:
+        """Let go."""
         if self.ledger_or_none is not None:
-            self.store._release(self.ledger_or_none)
+            self.store.release(self.ledger_or_none)
             self.ledger_or_none = None
 
-    def require_alive(self) -> None:
-        """Raise Conflict when the upload was cancelled or begun anew meanwhile."""
-        if self.ledger.is_dead or self.ledger.generation != self.generation:
-            raise _cancelled()
+    def is_current(self) -> bool:
+        """Whether the upload goes on that this body began with."""
+        return not self.ledger.is_dead and self.ledger.generation == self.generation
 
-    def announce(self, ledger: _Ledger, progress: Progress) -> Progress:
-        """Make a commit durable and known; to be called without the lock."""
-        self.store._flush_ledger(ledger)
-        if progress.is_new:
-            self.store._announce_done(ledger)
-        return progress
+    def vouch(self, ledger: _Ledger) -> bytes:
+        """Return the lines that say what this sender has sent, though it was there."""
+        body = self.body
+        if ledger.finished:
+            return b""
+        sent = ledger.sent.get(body.sender) or Ranges()
+        recorded = ledger.ranges.within(body.start, body.end)
+        news = [gap for low, high in recorded for gap in sent.gaps(low, high)]
+        return b"".join(_ledger_line("sent", *gap, body.sender) for gap in news)
 
 
 class _InPlace(_Way):
@@ -2559,7 +2736,7 @@ class _InPlace(_Way):
         super().__init__(body, ledger)
         self.claims = ledger.ranges.gaps(body.start, body.end)
         self.failed_flushes = ledger.failed_flushes
-        self.is_overtaken = False  # others were recorded where ours had been written
+        self.is_overtaken = False  # somebody else wrote where we had written
         if self.claims:
             ledger.attempts.append(self)
 
@@ -2571,24 +2748,24 @@ class _InPlace(_Way):
         taken = [claim for rival in rivals for claim in rival.claims]
         if any(a < d and c < b for a, b in gaps for c, d in taken):
             return False
-        return not gaps or body.store._make_home(ledger)
+        return not gaps or body.store.make_home(ledger)
 
-    def overtaken(self, start: int, end: int, same: int) -> None:
-        """Others recorded [start, end); up to `same` the bytes there were equal."""
+    def overtaken(self, start: int, end: int) -> None:
+        """Others write [start, end), which is not recorded."""
         end = min(end, self.position)
-        for low, high in self.claims:
-            if max(low, start) < min(high, end) and min(high, end) > same:
-                self.is_overtaken = True
+        if any(max(low, start) < min(high, end) for low, high in self.claims):
+            self.is_overtaken = True
 
     def write(self, block: memoryview) -> bool:
         start, end = self.position, self.position + len(block)
         gaps: List[Tuple[int, int]] = []
         if self.claims:
-            with self.store._locked(self.ledger):
-                self.require_alive()
+            with self.store.locked(self.ledger):
+                if not self.is_current():
+                    raise _cancelled()
                 gaps = self.ledger.ranges.gaps(start, end)
                 for low, high in gaps:
-                    data = self.store._data(self.ledger)
+                    data = self.store.data(self.ledger)
                     self.disk.write(data, block[low - start : high - start], low)
                     self.ledger.writes += 1
                 self.position = end
@@ -2603,152 +2780,189 @@ class _InPlace(_Way):
         """Hold bytes against recorded ones; raises Conflict when they differ."""
         if not block:
             return
+        end = offset + len(block)
         with self.ledger.mutex:
-            if self.store._is_equal(self.store._data(self.ledger), block, offset):
+            if not self.is_current():
+                raise _cancelled()
+            data = self.store.data(self.ledger)
+            if self.disk.read(data, len(block), offset) == block:
                 return
-        self._refuse(offset, offset + len(block))
+        with self.store.locked(self.ledger):
+            if not self.is_current():
+                raise _cancelled()
+            is_late = any(a < end and offset < b for a, b in self.claims)
+            self.store.refuse_difference(self.ledger, self.body, offset, end, is_late)
 
-    def _refuse(self, start: int, end: int) -> None:
-        """Two versions under one identifier: neither is mixed with the other.
-
-        If this sender sent the recorded ones, before this body began, they are
-        forgotten, so that the next try starts afresh.
-        """
-        with self.store._locked(self.ledger):
-            self.require_alive()
-            late = any(a < end and start < b for a, b in self.claims)
-            found = self.ledger.ranges.within(start, end)
-            is_mine = {word for _, _, word in found} == {self.body.sender}
-            if is_mine and not late and not self.ledger.finished:
-                self.store._forget(self.ledger)
-        raise _different()
-
-    def commit(self, fields: Mapping[str, str]) -> Progress:
-        ledger = self.ledger
+    def commit(self, fields: Mapping[str, str]) -> Optional[Progress]:
+        ledger, body = self.ledger, self.body
         if self.claims:
-            self.store._flush_data(ledger)
-        with self.store._locked(ledger):
-            self.require_alive()
-            self.store._require_flushed(ledger, self.failed_flushes)
+            self.store.flush_data(ledger)
+        with self.store.locked(ledger):
+            if not self.is_current():
+                raise _cancelled()
+            self.store.require_flushed(ledger, self.failed_flushes)
+            gaps = ledger.ranges.gaps(body.start, body.end)
             if self.is_overtaken:
-                raise _different()
-            gaps = [gap for claim in self.claims for gap in ledger.ranges.gaps(*claim)]
-            self._drop_claims()
-            lines = [_ledger_line("range", a, b, b, self.body.sender) for a, b in gaps]
+                raise _different() if not gaps else _undone()
+            lines = b"".join(_ledger_line("range", *gap, body.sender) for gap in gaps)
+            lines = self.vouch(ledger) + lines
             if lines:
-                self.store._append(ledger, b"".join(lines))
-            progress = self.store._settle(ledger, fields)
-        return self.announce(ledger, progress)
+                self.store.append(ledger, lines)
+            self._drop_claims()
+            progress = self.store.settle(ledger, body, fields)
+        return self.store.conclude(ledger, progress)
 
     def _drop_claims(self) -> None:
         self.claims = []
         if self in self.ledger.attempts:
             self.ledger.attempts.remove(self)
-            self.store._leave_home(self.ledger)
 
     def close(self) -> None:
+        """Let go; what was written and not recorded is cut off where it can be."""
+        if self.claims and self.ledger_or_none is not None:
+            with contextlib.suppress(OSError), self.store.locked(self.ledger):
+                self._drop_claims()
+                if self.is_current() and not self.ledger.is_complete:
+                    self._cut_off()
         if self.ledger_or_none is not None:
             with self.ledger.mutex:
                 self._drop_claims()
+                self.store.leave_home(self.ledger)
         super().close()
+
+    def _cut_off(self) -> None:
+        ledger = self.ledger
+        claims = [claim for other in ledger.attempts for claim in other.claims]
+        used = max([ledger.ranges.end] + [end for _, end in claims])
+        data = self.store.data(ledger)
+        if ledger.is_home and self.disk.stat(data).st_size > used:
+            self.disk.truncate(data, used)
 
 
 class _Aside(_Way):
-    """Into a private file first: a whole file, or a second attempt at a range."""
+    """Into a private file first, at the offset that the bytes will have in the end.
 
-    def __init__(self, body: Receiving, ledger: Optional[_Ledger]) -> None:
-        self.path, self.fd = body.store.new_part()
+    So come the first chunk of an upload (a whole file, or what becomes the data file)
+    and a second attempt at a range that is being written.
+    """
+
+    def __init__(
+        self, body: Receiving, ledger: Optional[_Ledger], supersedes: str = ""
+    ) -> None:
+        self.path, self.fd = body.store.process.new_part()
+        self.supersedes = supersedes  # a finished generation that has other bytes
         super().__init__(body, ledger)
 
     def write(self, block: memoryview) -> bool:
-        self.disk.write(self.fd, block, self.position - self.body.start)
+        self.disk.write(self.fd, block, self.position)
         self.position += len(block)
         return True
 
-    def commit(self, fields: Mapping[str, str]) -> Progress:
-        upload, store = self.body.upload, self.store
-        is_whole = self.body.end - self.body.start == upload.size
-        if is_whole:
-            self.disk.flush(self.fd)
+    def commit(self, fields: Mapping[str, str]) -> Optional[Progress]:
+        body, store = self.body, self.store
         if self.ledger_or_none is None:
-            progress = self._publish_at_once(upload)
+            self.disk.flush(self.fd)
+            progress = self._publish_at_once() if body.is_whole else None
             if progress:
                 return progress
-        opener = None if self.ledger_or_none else self.body.sender
-        with store._entered(upload, opener) as ledger:
-            ledger = self._require_same(ledger)
-            self._record(ledger, is_whole)
-            progress = store._settle(ledger, fields)
-            store._keep(ledger)
+        opener = None if self.ledger_or_none else body.sender
+        with store.entered(body.upload, opener) as ledger:
+            if ledger is None or self.generation not in ("", ledger.generation):
+                raise _cancelled()
+            self._record(ledger)
+            progress = store.settle(ledger, body, fields)
+            store.keep(ledger)
         try:
-            return self.announce(ledger, progress)
+            return store.conclude(ledger, progress)
         finally:
-            store._release(ledger)
+            store.release(ledger)
 
-    def _publish_at_once(self, upload: Upload) -> Optional[Progress]:
-        store = self.store
-        if store._announce:  # needs a receipt, so that no crash leaves it unannounced
-            return None
-        if self.disk.stat_path(store._path(upload.key + ".ledger")):
-            return None
-        return store._publish_part(upload, self.path, self.fd)
-
-    def _require_same(self, ledger: Optional[_Ledger]) -> _Ledger:
-        """Return the ledger if it is what this body began with; else raise Conflict."""
-        mine = self.ledger_or_none
-        if ledger and (not mine or ledger.generation == self.generation):
-            return ledger
-        raise _cancelled()
-
-    def _record(self, ledger: _Ledger, is_whole: bool) -> None:
+    def _record(self, ledger: _Ledger) -> None:
         """Bring the bytes into the upload; under the lock."""
         body, store = self.body, self.store
-        start, end = body.start, body.end
-        if ledger.finished and is_whole and self._is_other(ledger):
-            body._begin_afresh(ledger, ())
-        for low, high, _ in ledger.ranges.within(start, end):
-            if not self._equals(ledger, low, high):
-                raise _different()
-        gaps = ledger.ranges.gaps(start, end)
-        if is_whole and not ledger.ranges.total and not ledger.finished:
-            self._adopt(ledger)
-            same = [start]
-        else:
+        if ledger.finished and self._is_new_version(ledger):
+            store.begin_afresh(ledger, body.upload, body.sender, _noted(body, ledger))
+        for low, high in ledger.ranges.within(body.start, body.end):
+            if not _are_equal(self.disk, store.data(ledger), self.fd, low, high):
+                store.refuse_difference(ledger, body, low, high, is_late=True)
+        gaps = ledger.ranges.gaps(body.start, body.end)
+        self._close_for_rename()
+        if not store.adopt(ledger, self.path):
             failed_flushes = ledger.failed_flushes
-            same = [store._merge(ledger, self.fd, start, gap) for gap in gaps]
+            for low, high in gaps:
+                store.merge(ledger, self._open(), low, high)
             if gaps:
-                store._flush_data(ledger)
-                store._require_flushed(ledger, failed_flushes)
-        lines = [
-            _ledger_line("range", a, b, upto, body.sender)
-            for (a, b), upto in zip(gaps, same)
-        ]
+                store.flush_data(ledger)
+            store.require_flushed(ledger, failed_flushes)
+        lines = b"".join(_ledger_line("range", *gap, body.sender) for gap in gaps)
+        lines = self.vouch(ledger) + lines
         if lines:
-            store._append(ledger, b"".join(lines))
+            store.append(ledger, lines)
 
-    def _is_other(self, ledger: _Ledger) -> bool:
-        """Whether this whole file is not the one that was finished."""
-        if not self.store._is_intact(ledger):
+    def _is_new_version(self, ledger: _Ledger) -> bool:
+        """Whether this can't be the file that was finished."""
+        if self.supersedes == ledger.generation or not self.store.is_intact(ledger):
             return True
-        return not self._equals(ledger, self.body.start, self.body.end)
+        end = self.body.upload.size
+        return self.body.is_whole and not _are_equal(
+            self.disk, self.store.data(ledger), self._open(), 0, end
+        )
 
-    def _adopt(self, ledger: _Ledger) -> None:
-        """Make the private file the data file: it has every byte."""
-        self.store._exchange_data(ledger, None)
-        self.disk.rename(self.path, self.store._data_path(ledger))
-        # Before a line says that its bytes are there: the name may have been another's.
-        self.store._flush_folder(self.store._state_dir)
+    def _publish_at_once(self) -> Optional[Progress]:
+        """Finish a file that came as one chunk: a link, and no ledger.
 
-    def _equals(self, ledger: _Ledger, start: int, end: int) -> bool:
-        data = self.store._data(ledger)
-        at = start - self.body.start
-        return self.store._files_equal(data, self.fd, start, end, at)
+        None when it needs a ledger: to be announced whatever happens, or to get another
+        name than its own, so that the same chunk sent again finds the same name.
+        """
+        upload, store = self.body.upload, self.store
+        if store.announce or store.knows(upload):
+            return None
+        name = upload.path.rpartition("/")[2]
+        with store.publisher.folder_of(upload.path) as folder:
+            is_new = self._name_part(folder, name)
+            if is_new is None:
+                return None
+            self.disk.flush_folder(folder)
+        generation = f"{upload.key}-{secrets.token_hex(8)}"
+        path, size = store.publisher.path(upload.path), upload.size
+        who = (upload.owner, upload.identifier)
+        done = Done(generation, path, upload.path, name, size, *who, {})
+        return Progress(size, size, done, is_new)
+
+    def _name_part(self, folder: Folder, name: str) -> Optional[bool]:
+        """Return True when the name was given, False when it had these very bytes."""
+        publisher, existing = self.store.publisher, None
+        if publisher.policy == "replace":
+            existing = self.disk.named(folder, name)
+        if not existing or not publisher.is_same(self._open(), folder, name, existing):
+            try:
+                self._close_for_rename()
+                publisher.give(self.path, folder, name)
+                return True
+            except FileExistsError:
+                existing = self.disk.named(folder, name)
+        if existing and publisher.is_same(self._open(), folder, name, existing):
+            return False
+        if publisher.policy == "refuse":
+            raise _taken(name)
+        return None
+
+    def _close_for_rename(self) -> None:
+        if not self.disk.unlinks_open and self.fd >= 0:
+            self.disk.close(self.fd)
+            self.fd = -1
+
+    def _open(self) -> int:
+        if self.fd < 0:
+            self.fd = self.disk.open(self.path, os.O_RDWR)
+        return self.fd
 
     def close(self) -> None:
+        """Let go; the private file is removed."""
         if self.fd >= 0:
             self.disk.close(self.fd)
-            self.disk.unlink(self.path)
             self.fd = -1
+        self.store.process.drop_part(self.path)
         super().close()
 
 
@@ -2757,63 +2971,94 @@ class _Repeated(_Way):
 
     def __init__(self, body: Receiving, ledger: _Ledger) -> None:
         assert ledger.finished is not None
-        path = os.path.join(body.store.upload_dir, ledger.finished.path)
+        path = body.store.publisher.path(ledger.finished.path)
         self.fd = body.store.disk.open(path, os.O_RDONLY)
         super().__init__(body, ledger)
 
     def write(self, block: memoryview) -> bool:
-        if not self.store._is_equal(self.fd, block, self.position):
+        if self.disk.read(self.fd, len(block), self.position) != block:
             return False
         self.position += len(block)
         return True
 
-    def commit(self, fields: Mapping[str, str]) -> Progress:
+    def successor(self) -> Optional[_Way]:
+        """Return the way of a new version's bytes, None when it was begun already."""
+        with self.store.locked(self.ledger):
+            if not self.is_current():
+                return None
+            self._require_sure_notes()
+        self.store.publisher.refuse_early(self.body.upload, self.body.is_whole)
+        return _Aside(self.body, None, supersedes=self.generation)
+
+    def _require_sure_notes(self) -> None:
+        """Raise Conflict when what came again may be of an earlier sending.
+
+        Then the new upload must not begin with it, nor may it be missing there: the
+        client begins once more, with nothing noted.
+        """
+        mine = [one for one in self.ledger.notes if one.sender == self.body.sender]
+        limit = self.store.clock() - _NOTE_SECONDS
+        if mine and (mine[-1].time < limit or any(note.is_retry for note in mine)):
+            line = _ledger_line("afresh", self.body.sender)
+            self.store.append(self.ledger, line)
+            raise Conflict(
+                "Another version of this file was sent a while ago; please send this"
+                " one again from its beginning."
+            )
+
+    def commit(self, fields: Mapping[str, str]) -> Optional[Progress]:
         ledger, store = self.ledger, self.store
-        with store._locked(ledger):
-            self.require_alive()
+        with store.locked(ledger):
+            if not self.is_current():
+                return None
             self._note(ledger)
-            progress = store._settle(ledger, fields)
-            due = store._announce is not None and not ledger.is_announced
-            assert ledger.finished is not None
-            due = due and not store._is_alive(ledger.finished.token)
-        return self.announce(ledger, progress._replace(is_new=due))
+            progress = store.settle(ledger, self.body, fields)
+        return store.conclude(ledger, progress)
 
     def _note(self, ledger: _Ledger) -> None:
         """Write down that these bytes came again and were equal.
 
-        Notes start afresh when they cover the file or when one comes again after two
-        minutes: then the client sends the file once more, and may have changed it.
+        Notes start afresh when they cover the file, when one comes again after two
+        minutes, and after two minutes of silence: the client sends the file once more.
         """
-        start, end, sender = self.body.start, self.body.end, self.body.sender
-        now = self.store._clock()
-        mine = [note for note in ledger.notes if note[2] == sender]
-        noted = Ranges()
-        for low, high, _, _ in mine:
-            noted.add(low, high, sender)
-        again = any(
-            low < end and start < high and now - when > _NOTE_SECONDS
-            for low, high, _, when in mine
+        body, now = self.body, self.store.clock()
+        mine = [one for one in ledger.notes if one.sender == body.sender]
+        limit = now - _NOTE_SECONDS
+        covered = Ranges((one.start, one.end) for one in mine)
+        is_again = any(
+            one.start < body.end and body.start < one.end and one.time < limit
+            for one in mine
         )
-        afresh = again or noted.total == ledger.upload.size
-        line = _ledger_line("note", start, end, sender, now, afresh)
-        self.store._append(ledger, line)
+        is_over = bool(mine) and mine[-1].time < limit
+        lines = b""
+        if is_again or is_over or (mine and covered.total == ledger.upload.size):
+            lines, mine = _ledger_line("afresh", body.sender), []
+        assert ledger.finished is not None
+        me = (body.start, body.end, body.sender)
+        is_retry = not mine and body.start > 0 and ledger.finished.last == me
+        note = _Note(body.start, body.end, body.sender, now, is_retry)
+        self.store.append(ledger, lines + _ledger_line("note", *note))
 
     def close(self) -> None:
+        """Let go of the finished file."""
         if self.fd >= 0:
             self.disk.close(self.fd)
             self.fd = -1
         super().close()
 
 
-def _cancelled() -> Conflict:
-    return Conflict("This upload was cancelled while the chunk was under way.")
+def _noted(body: Receiving, ledger: _Ledger) -> List[Tuple[int, int]]:
+    """Return what this sender sent again of the finished file, but for this body's."""
+    noted = Ranges()
+    for note in ledger.notes:
+        if note.sender == body.sender and not note.is_retry:
+            for gap in Ranges([(body.start, body.end)]).gaps(note.start, note.end):
+                noted.add(*gap)
+    return list(noted)
 
 
-def _different() -> Conflict:
-    return Conflict(
-        "Other bytes are stored under this identifier: two versions of a file, or two"
-        " files, would be mixed."
-    )
+def _undone() -> Trouble:
+    return Trouble("Another attempt at this chunk failed; please send it again.")
 
 
 # ---- page ----------------------------------------------------------------------------
@@ -3624,6 +3869,9 @@ class UploadApp:
             self.log.exception("this is a bug of flowserver's, please report it")
             response = self._refusal(Trouble("The server made a mistake."), None)
         self._log_request(request, response, self._clock() - started)
+        self._drain(request)
+        if self._clock() - self._swept > 2 * _SWEEP_SECONDS:  # nobody else does it
+            self.tidy()
         return response
 
     def _answer(self, request: Request) -> Response:
@@ -3633,7 +3881,11 @@ class UploadApp:
         if request.method not in ("GET", "HEAD"):
             raise BadMethod(f"There is nothing to {printable(request.method)} here.")
         self._check_authorized(request)
+        prefix = self.settings.parameter_prefix
         if request.path == "/":
+            if recognise(unprefixed(parse_query(request.query), prefix)):
+                # A 200 would tell flow.js that the chunk is here.
+                raise Missing(f"Chunks go to {self.settings.upload_path}.")
             return self._page()
         if request.path == "/health":
             return self._health()
@@ -3658,14 +3910,29 @@ class UploadApp:
             return response._replace(headers=response.headers + (("Allow", _METHODS),))
         return response
 
+    def _drain(self, request: Request) -> None:
+        """Read on what was refused, so that the client comes to read the answer.
+
+        A client that writes all before it reads would else see a reset connection.
+        """
+        if not isinstance(request.read, CountingReader):
+            return
+        limit = (self.settings.max_chunk_size or _DRAIN_SIZE) + _MULTIPART_ALLOWANCE
+        began, drained = self._clock(), 0
+        while request.read.left > 0 and drained < limit:
+            block = request.read(1 << 16)
+            drained += len(block)
+            if not block or drained < _drain_floor(self._clock() - began):
+                break
+
     def _log_request(
         self, request: Request, response: Response, seconds: float
     ) -> None:
         if self.log.isEnabledFor(logging.INFO):
             self.log.info(
                 "%s %s %s %d %d bytes %.3f s%s",
-                request.client or "-",
-                request.method,
+                printable(request.client or "-")[1:-1],
+                printable(request.method)[1:-1],
                 printable(request.path)[1:-1],
                 response.status,
                 max(request.length, 0),
@@ -4041,20 +4308,11 @@ class UploadApp:
 
     # WSGI
 
-    def drain(self, request: Request) -> None:
-        """Read on what was refused, so that the client comes to read the answer.
-
-        A client that writes all before it reads would else see a reset connection.
-        """
-        if not isinstance(request.read, CountingReader):
-            return
-        limit = (self.settings.max_chunk_size or _DRAIN_SIZE) + _MULTIPART_ALLOWANCE
-        began, drained = self._clock(), 0
-        while request.read.left > 0 and drained < limit:
-            block = request.read(1 << 16)
-            drained += len(block)
-            if not block or drained < _drain_floor(self._clock() - began):
-                break
+    def _is_other_address(self, request: Request) -> bool:
+        """Whether a path is one of ours beside the upload address."""
+        if request.path == "/":
+            return request.method in ("GET", "HEAD") and not request.query
+        return request.path == "/health" or request.path.startswith("/sample/")
 
     def __call__(
         self, environ: Dict[str, Any], start_response: Callable[..., Any]
@@ -4064,14 +4322,13 @@ class UploadApp:
         request = wsgi_request(environ)
         if mount and not environ.get("PATH_INFO") and not request.query:
             if request.method in ("GET", "HEAD"):  # the page's links are relative
-                start_response("308 Permanent Redirect", [("Location", mount + "/")])
+                place = urllib.parse.quote(mount + "/", encoding="latin-1")
+                kind = ("Content-Type", "text/plain")
+                start_response("308 Permanent Redirect", [("Location", place), kind])
                 return []
-        known = ("/", "/health", self.settings.upload_path)
-        is_known = request.path in known or request.path.startswith("/sample/")
-        if self._any_path and not is_known:
+        if self._any_path and not self._is_other_address(request):
             request = request._replace(path=self.settings.upload_path)
         response = self.handle(request)
-        self.drain(request)
         phrase = http.HTTPStatus(response.status).phrase
         headers = list(response.headers)
         if response.status != 204:
@@ -4306,7 +4563,10 @@ class _Form:
                     if self._field_size > _MAX_FIELD_SIZE:
                         raise Malformed("The text fields of the form are too long.")
                     value += event
-        parser.close()
+        try:
+            parser.close()
+        except Truncated as error:  # although every byte of it came
+            raise Malformed(str(error)) from error
         if not seen_file:
             raise Malformed("There is no file in the form.")
 
@@ -4463,9 +4723,7 @@ class _Wire:
         deadline = time.monotonic() + self.timeout
         searched = 0
         while True:
-            while self.pending.startswith(
-                b"\r\n"
-            ):  # RFC 9112 2.2: an empty line or two
+            if self.pending.startswith(b"\r\n"):  # RFC 9112 2.2: an empty line before
                 self.pending, searched = self.pending[2:], 0
             found = self.pending.find(b"\r\n\r\n", max(0, searched - 3))
             if found >= 0:
@@ -4475,9 +4733,8 @@ class _Wire:
                 )
                 return head
             searched = len(self.pending)
-            if (
-                searched and not self.pending[:1].isalpha()
-            ):  # TLS, say: don't wait for it
+            is_http = self.pending in (b"", b"\r") or self.pending[:1].isalpha()
+            if not is_http:  # TLS, say: no need to wait
                 raise _BadHead(400, "This is not HTTP.")
             if searched > _MAX_HEAD_SIZE:
                 raise _BadHead(431, "The head of the request is too long.")
@@ -4703,7 +4960,6 @@ class FlowHandlerMixin:
             scheme="https" if hasattr(self.connection, "getpeercert") else "http",
         )
         response = self.uploads.handle(request)
-        self.uploads.drain(request)
         if body.left or length < 0:
             self.close_connection = True
         data = _response_bytes(self.command, response, not self.close_connection)
@@ -5095,7 +5351,7 @@ def _locks_hold(store: Store) -> bool:
         "import os, runpy, sys; disk = runpy.run_path(sys.argv[1])['Disk']();"
         "sys.exit(5 if disk.try_lock(os.open(sys.argv[2], os.O_RDWR)) else 6)"
     )
-    path, fd = store.new_part()
+    path, fd = store.process.new_part()
     try:
         store.disk.lock(fd)
         command = [sys.executable, "-I", "-c", program, os.path.abspath(__file__), path]
@@ -5106,7 +5362,7 @@ def _locks_hold(store: Store) -> bool:
 
 
 def _flush_seconds(store: Store) -> float:
-    path, fd = store.new_part()
+    path, fd = store.process.new_part()
     began = time.perf_counter()
     for number in range(10):
         store.disk.write(fd, b"flowserver", number * 4096)
@@ -5118,7 +5374,7 @@ def _flush_seconds(store: Store) -> float:
 
 
 def _clock_is_steady(store: Store) -> bool:
-    path, fd = store.new_part()
+    path, fd = store.process.new_part()
     difference = abs(store.disk.stat(fd).st_mtime - time.time())
     store.disk.close(fd)
     store.disk.unlink(path)
