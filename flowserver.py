@@ -1953,7 +1953,10 @@ class Store:
     def _make_folders(self) -> None:
         os.makedirs(self.upload_dir, exist_ok=True)
         for path in (self.temp_dir, self.state_dir):
-            self.disk.make_folder(path, 0o700)
+            try:
+                self.disk.make_folder(path, 0o700)
+            except OSError as error:
+                raise Trouble(f"{path} can't be made: {error.strerror}.") from error
         if os.stat(self.upload_dir).st_dev != os.stat(self.state_dir).st_dev:
             raise Trouble(
                 f"temp_dir {self.temp_dir} is not on the same file system as upload_dir"
@@ -3653,22 +3656,24 @@ _JSON_HEADERS = (
 )
 
 
-def parse_query(text: str) -> Dict[str, str]:
-    """Return the parameters of a query string; raises Malformed.
+def parse_query(
+    text: str, parameters: Optional[Dict[str, str]] = None
+) -> Dict[str, str]:
+    """Return the parameters of a query string, added to those given; raises Malformed.
 
     ";" separates nothing, and a name given twice must have one value.
     """
-    parameters: Dict[str, str] = {}
+    found = {} if parameters is None else parameters
     pairs = text.split("&") if text else []
     if len(pairs) > _MAX_FIELDS:
         raise Malformed("The address has too many parameters.")
     for pair in pairs:
         name, _, value = pair.partition("=")
         try:
-            add_parameter(parameters, _unquoted(name), _unquoted(value))
+            add_parameter(found, _unquoted(name), _unquoted(value))
         except UnicodeDecodeError as error:
             raise Malformed("The address is not UTF-8.") from error
-    return parameters
+    return found
 
 
 def _unquoted(text: str) -> str:
@@ -3743,15 +3748,15 @@ class Users:
         if user is not None:
             return user
         name, password = _credentials(header)
-        with self._hashing:  # one at a time, so that guessing can't take every core
+        with self._hashing:  # one at a time: guessing must not take every core
+            if self._verified.get(digest.digest()) == name:
+                return name  # verified while this one waited
             self._verify(name, password, hashes)
-        with self._lock:
-            if (
-                stamp == self._stamp
-            ):  # else the password may have been changed meanwhile
-                if len(self._verified) > 1000:
-                    self._verified.clear()
-                self._verified[digest.digest()] = name
+            with self._lock:
+                if stamp == self._stamp:  # else the password may have been changed
+                    if len(self._verified) > 1000:
+                        self._verified.clear()
+                    self._verified[digest.digest()] = name
         return name
 
     def _verify(self, name: str, password: str, hashes: Mapping[str, str]) -> None:
@@ -3881,10 +3886,10 @@ class UploadApp:
         if request.method not in ("GET", "HEAD"):
             raise BadMethod(f"There is nothing to {printable(request.method)} here.")
         self._check_authorized(request)
-        prefix = self.settings.parameter_prefix
         if request.path == "/":
-            if recognise(unprefixed(parse_query(request.query), prefix)):
-                # A 200 would tell flow.js that the chunk is here.
+            form = _Form(request, self.settings.parameter_prefix)
+            form.read_query()
+            if form.dialect:  # a 200 would tell flow.js that the chunk is here
                 raise Missing(f"Chunks go to {self.settings.upload_path}.")
             return self._page()
         if request.path == "/health":
@@ -3919,10 +3924,12 @@ class UploadApp:
             return
         limit = (self.settings.max_chunk_size or _DRAIN_SIZE) + _MULTIPART_ALLOWANCE
         began, drained = self._clock(), 0
-        while request.read.left > 0 and drained < limit:
+        while request.read.left > 0:
             block = request.read(1 << 16)
             drained += len(block)
-            if not block or drained < _drain_floor(self._clock() - began):
+            elapsed = self._clock() - began
+            is_over = drained >= limit and elapsed > _LINGER_SECONDS
+            if not block or is_over or drained < _drain_floor(elapsed):
                 break
 
     def _log_request(
@@ -4073,7 +4080,7 @@ class UploadApp:
                 raise BadMethod("Chunks are sent with POST, PUT or PATCH.")
             return self._store_chunk(request, form)
         except FlowError as error:
-            form.recognise()
+            form.find_dialect()
             return self._refusal(error, form.dialect)
 
     def _test(self, request: Request, form: _Form) -> Response:
@@ -4448,6 +4455,10 @@ def _drain_floor(seconds: float) -> float:
     return (seconds - _LINGER_SECONDS) * _MIN_DRAIN_RATE
 
 
+def _nothing(size: int) -> bytes:
+    return b""
+
+
 def wsgi_request(environ: Mapping[str, Any]) -> Request:
     """Return the Request of a WSGI environment (PEP 3333)."""
     headers = {
@@ -4458,13 +4469,17 @@ def wsgi_request(environ: Mapping[str, Any]) -> Request:
     headers["content-type"] = environ.get("CONTENT_TYPE") or ""
     length = parse_length(environ.get("CONTENT_LENGTH") or "0")
     path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
+    read = environ["wsgi.input"].read
+    # Flask's own server would wait for ever for what Flask has read already.
+    if "stream" in getattr(environ.get("werkzeug.request"), "__dict__", ()):
+        read = _nothing
     return Request(
         method=environ["REQUEST_METHOD"],
         path=path or "/",
         query=environ.get("QUERY_STRING", ""),
         headers=headers,
         length=length,
-        read=CountingReader(environ["wsgi.input"].read, length),
+        read=CountingReader(read, length),
         client=environ.get("REMOTE_ADDR", ""),
         scheme=environ.get("wsgi.url_scheme", "http"),
     )
@@ -4483,13 +4498,18 @@ class _Form:
 
     def read_query(self) -> None:
         """Take the parameters of the address, and find out whose they are."""
-        self.given = parse_query(self.request.query)
+        parse_query(self.request.query, self.given)
         self.recognise()
 
     def recognise(self) -> None:
-        """Find out whose parameters those are that are known so far."""
+        """Take the parameters that are known so far; raises Malformed."""
+        self.find_dialect()
         self.parameters = unprefixed(self.given, self.prefix)
-        self.dialect = recognise(self.parameters)
+
+    def find_dialect(self) -> None:
+        """Find out whose parameters those are, whether they make sense or not."""
+        names = (without_prefix(name, self.prefix) for name in self.given)
+        self.dialect = recognise(names)
 
     def open_chunk(self) -> Tuple[Chunk, Iterator[Union[bytes, memoryview]]]:
         """Read up to the file; return what the chunk is and an iterator of its blocks.
@@ -4655,6 +4675,8 @@ def parse_head(head: bytes) -> Head:
     RFC 9112 in its strictest reading: no bare CR or LF, no folded lines, no blank
     before the colon, one Content-Length of digits alone, no Transfer-Encoding.
     """
+    if len(head) > _MAX_HEAD_SIZE:
+        raise _BadHead(431, "The head of the request is too long.")
     line, _, rest = head.decode("latin-1").partition("\r\n")
     if len(line) > _MAX_LINE_SIZE:
         raise _BadHead(414, "The address is too long.")
@@ -4721,10 +4743,12 @@ class _Wire:
     def read_head(self) -> bytes:
         """Return the bytes up to the empty line; b"" when the client went away."""
         deadline = time.monotonic() + self.timeout
-        searched = 0
+        searched = empty_lines = 0
         while True:
-            if self.pending.startswith(b"\r\n"):  # RFC 9112 2.2: an empty line before
+            # Some clients send an empty line before a request (RFC 9112 2.2).
+            while empty_lines < 4 and self.pending.startswith(b"\r\n"):
                 self.pending, searched = self.pending[2:], 0
+                empty_lines += 1
             found = self.pending.find(b"\r\n\r\n", max(0, searched - 3))
             if found >= 0:
                 head, self.pending = (

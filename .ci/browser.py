@@ -30,6 +30,8 @@ from typing import Any
 DRIVERS = ("chromedriver", "/usr/lib/chromium/chromedriver")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
+STARTS = 5
+
 # No request may leave the machine, and a container's root must be able to run it.
 ARGUMENTS = (
     "--headless=new",
@@ -81,32 +83,39 @@ class Driver:
     def __init__(self) -> None:
         program = installed(DRIVERS, "chromedriver")
         self.folder = tempfile.mkdtemp(prefix="flowserver-browser-")
-        self.process = subprocess.Popen(
+        said = ""
+        # It chooses a port that is free for IPv6, and ends if IPv4's is taken.
+        for _ in range(STARTS):
+            self.process = self._started(program)
+            self.port, said = self._announced_port()
+            if self.port:
+                return
+            self._end_process()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        raise BrowserMissing(f"chromedriver does not start: {said.strip()}")
+
+    def _started(self, program: str) -> subprocess.Popen[str]:
+        # In the locale C the browser cannot open a file whose name is not ASCII.
+        own = {"TMPDIR": self.folder, "HOME": self.folder, "LC_ALL": "C.UTF-8"}
+        return subprocess.Popen(
             [program, "--port=0"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
-            env={**os.environ, **self._surroundings()},
+            env={**os.environ, **own},
         )
-        try:
-            self.port = self._announced_port()
-        except BaseException:
-            self.stop()
-            raise
 
-    def _surroundings(self) -> dict[str, str]:
-        # In the locale C the browser cannot open a file whose name is not ASCII.
-        return {"TMPDIR": self.folder, "HOME": self.folder, "LC_ALL": "C.UTF-8"}
-
-    def _announced_port(self) -> int:
+    def _announced_port(self) -> tuple[int, str]:
         assert self.process.stdout is not None
+        said = ""
         for line in self.process.stdout:
+            said += line
             found = re.search(r"started successfully on port (\d+)", line)
             if found:
-                return int(found[1])
-        raise BrowserMissing("chromedriver ended before it named its port")
+                return int(found[1]), said
+        return 0, said
 
     def call(self, method: str, path: str, body: object = None) -> Any:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -118,13 +127,16 @@ class Driver:
             raise WebDriverError(value["error"], value["message"])
         return value
 
-    def stop(self) -> None:
-        """End the driver and every browser process that it left behind."""
+    def _end_process(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+    def stop(self) -> None:
+        """End the driver and every browser process that it left behind."""
+        self._end_process()
         # A dying browser may still write into its profile: a second look is enough.
         for _ in range(20):
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -9,7 +9,6 @@ FLOWSERVER_FILE names another flowserver.py, to see these tests fail on a broken
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import json
 import os
@@ -233,20 +232,27 @@ function watch(proto) {
 }
 watch(XMLHttpRequest.prototype);
 
-function begin(library, options) {
+function begin(library, options, input) {
   options.target = '/upload';
-  uploader = library === 'flow' ? new Flow(options) : new Resumable(options);
-  uploader.assignBrowse(document.getElementById('files'));
-  uploader.assignBrowse(document.getElementById('folder'), true);
-  uploader.on(library === 'flow' ? 'filesSubmitted' : 'filesAdded', function () {
-    uploader.upload();
+  var own = library === 'flow' ? new Flow(options) : new Resumable(options);
+  own.assignBrowse(document.getElementById(input));
+  own.assignBrowse(document.getElementById('folder'), true);
+  own.on(library === 'flow' ? 'filesSubmitted' : 'filesAdded', function () {
+    own.upload();
   });
-  uploader.on('fileSuccess', function (file, message) {
+  own.on('fileSuccess', function (file, message) {
     finished.push({file: file.relativePath, message: message});
   });
-  uploader.on('fileError', function (file, message) {
+  own.on('fileError', function (file, message) {
     failed.push({file: file.relativePath, message: message});
   });
+  uploader = own;
+}
+
+function pauseAndGoOn() {
+  uploader.pause();
+  // resumable.js has no resume().
+  uploader.resume ? uploader.resume() : uploader.upload();
 }
 
 // resumable.js makes each chunk of a file in a timer. Here a second file comes while
@@ -403,7 +409,13 @@ class LibraryCase(unittest.TestCase):
 
     def begin(self, server: Server, library: str, options: Mapping[str, Any]) -> None:
         BROWSER.open(server.url + "sample/page.html")
-        BROWSER.run("begin(arguments[0], arguments[1])", library, dict(options))
+        self.begin_another(library, options, "files")
+
+    def begin_another(
+        self, library: str, options: Mapping[str, Any], choose_with: str
+    ) -> None:
+        script = "begin(arguments[0], arguments[1], arguments[2])"
+        BROWSER.run(script, library, dict(options), choose_with)
 
     def wait_until_ended(self, count: int) -> None:
         """Every file has either been finished or been given up."""
@@ -448,18 +460,19 @@ class LibraryCase(unittest.TestCase):
             # need not be the last one to reach the page.
             if mode.one_by_one or chunks == 1:
                 self.assertEqual(answer["status"], "complete")
-        self.assert_one_completion_each(files)
+        self.assert_completions(files)
 
-    def assert_one_completion_each(self, files: Mapping[str, bytes]) -> None:
-        completions: collections.Counter[str] = collections.Counter()
+    def assert_completions(self, files: Mapping[str, bytes]) -> None:
+        """Each file was called complete, and always under the same name."""
+        completed = set()
         for one in BROWSER.run("return requests"):
             answer = json.loads(one["answer"] or "{}")
             if one["size"] is not None and answer.get("status") == "complete":
-                completions[one["file"]] += 1
+                completed.add(one["file"])
                 self.assertEqual(answer["path"], one["file"])
                 self.assertEqual(answer["filename"], one["file"].rpartition("/")[2])
                 self.assertEqual(answer["size"], len(files[one["file"]]))
-        self.assertEqual(completions, dict.fromkeys(files, 1))
+        self.assertEqual(completed, set(files))
 
     def assert_mode_was_real(self, files: Mapping[str, bytes], mode: Mode) -> None:
         """The requests were the ones this mode is meant to make, and no others."""
@@ -572,7 +585,40 @@ class LibraryCase(unittest.TestCase):
         files = {"x.bin": noise(4 * MIB, seed=9)}
         self.check_mode(library, Mode("late", {"simultaneousUploads": 1}), files)
 
+    def check_pauses(self, library: str) -> None:
+        """A pause cuts the bodies under way; the same chunks are sent once more."""
+        name, content = "paused.bin", noise(9 * MIB + 3, seed=17)
+        with self.served() as server:
+            [source] = write_files(server.folder.with_name("files"), {name: content})
+            self.begin(server, library, {})
+            BROWSER.network(upload_bytes_per_second=3 * MIB)
+            try:
+                BROWSER.set_files("#files", [source])
+                for answered in range(1, 4):
+                    BROWSER.wait_for(
+                        "return requests.filter(r => r.size && r.status === 200)"
+                        f".length >= {answered}"
+                    )
+                    BROWSER.run("pauseAndGoOn()")
+            finally:
+                BROWSER.network()
+            self.wait_until_ended(1)
+            cut = "return requests.filter(r => r.size && r.status !== 200).length"
+            self.assertGreater(BROWSER.run(cut), 0, "no body was cut")
+            self.assert_uploaded(server, {name: content})
+
     # The same name again
+
+    def check_twice_at_once(self, library: str) -> None:
+        name, content = "twice.bin", noise(5 * MIB + 3, seed=18)
+        with self.served() as server:
+            [source] = write_files(server.folder.with_name("files"), {name: content})
+            self.begin(server, library, {})
+            self.begin_another(library, {}, "plain")
+            BROWSER.set_files("#files", [source])
+            BROWSER.set_files("#plain", [source])
+            self.wait_until_ended(2)
+            self.assert_uploaded(server, {name: content})
 
     def check_again(self, library: str, first: bytes, second: bytes) -> list[bytes]:
         """Upload two versions under one name from two visits; what is stored then."""
@@ -634,6 +680,12 @@ class FlowTest(LibraryCase):
     def test_two_names_with_one_identifier_both_arrive(self) -> None:
         self.check_both_names("flow")
 
+    def test_a_paused_upload_goes_on(self) -> None:
+        self.check_pauses("flow")
+
+    def test_one_file_sent_twice_at_once_is_stored_once(self) -> None:
+        self.check_twice_at_once("flow")
+
 
 class ResumableTest(LibraryCase):
     """resumable.js 1.1.0"""
@@ -672,6 +724,12 @@ class ResumableTest(LibraryCase):
 
     def test_two_names_with_one_identifier_both_arrive(self) -> None:
         self.check_both_names("resumable")
+
+    def test_a_paused_upload_goes_on(self) -> None:
+        self.check_pauses("resumable")
+
+    def test_one_file_sent_twice_at_once_is_stored_once(self) -> None:
+        self.check_twice_at_once("resumable")
 
     def test_a_wrong_count_of_chunks_does_no_harm(self) -> None:
         # It announces as many chunks as it has made until then, and calls the file
