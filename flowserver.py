@@ -5290,7 +5290,6 @@ def _start_log(settings: Settings) -> None:
                 maxBytes=settings.log_max_size,
                 backupCount=settings.log_backups,
                 encoding="utf-8",
-                errors="backslashreplace" if sys.version_info >= (3, 9) else None,
             )
         )
     log = logging.getLogger("flowserver")
