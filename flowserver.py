@@ -97,6 +97,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import unicodedata
 import urllib.parse
 import zlib
@@ -199,8 +200,10 @@ class SettingsError(FlowError):
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _TIMES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-_FLAGS = {"on": True, "yes": True, "true": True, "1": True}
-_FLAGS.update({"off": False, "no": False, "false": False, "0": False})
+_FLAGS = {
+    **dict.fromkeys(("on", "yes", "true", "1"), True),
+    **dict.fromkeys(("off", "no", "false", "0"), False),
+}
 
 
 def _text(value: str) -> str:
@@ -3622,7 +3625,7 @@ class Request(NamedTuple):
     method: str
     path: str
     query: str = ""
-    headers: Mapping[str, str] = {}
+    headers: Mapping[str, str] = types.MappingProxyType({})
     length: int = 0
     read: Optional[Callable[[int], bytes]] = None
     client: str = ""  # the address of whoever is connected
