@@ -1,0 +1,3792 @@
+#!/usr/bin/env python3
+"""Proof of flowserver, with nothing installed:
+
+    python test_flowserver.py
+
+One class for each room of flowserver.py, in its order.  What needs a browser, root or
+minutes lives in .ci/; FLOWSERVER_LONG=1 adds here what takes more than some seconds.
+"""
+
+from __future__ import annotations
+
+import __future__
+import ast
+import base64
+import collections
+import configparser
+import contextlib
+import dis
+import errno
+import hashlib
+import http.client
+import http.server
+import inspect
+import io
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import urllib.parse
+import wsgiref.util
+import wsgiref.validate
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Sequence, Union
+from unittest import mock
+
+try:
+    import ssl
+except ImportError:  # some systems build Python without it
+    ssl = None  # type: ignore[assignment]
+
+import flowserver
+from flowserver import FlowServer, MultipartParser, Part, Request, Response
+from flowserver import Settings, Store, UploadApp
+
+FILE = os.path.abspath(flowserver.__file__)
+HOME = os.path.dirname(os.path.abspath(__file__))
+KIB, MIB = 1 << 10, 1 << 20
+PATIENCE = 30  # seconds until a test gives up waiting; none waits so long when all is well
+BOUNDARY = "----WebKitFormBoundary7MA4YWxkTrZu0gW"
+
+
+def setUpModule() -> None:
+    """What is logged is not printed, unless a test asks for it."""
+    logging.getLogger("flowserver").addHandler(logging.NullHandler())
+
+
+# What a client sends
+
+
+def noise(size: int, seed: int = 1) -> bytes:
+    """Return bytes that are the same in each run and at no two places alike."""
+    bits = random.Random(seed).getrandbits(8 * size) if size else 0
+    return bits.to_bytes(size, "big")
+
+
+def chunk_range(
+    size: int, number: int, chunk_size: int, forced: bool = False
+) -> Tuple[int, int]:
+    """Return start and end of a chunk; unless `forced`, the last takes the remainder."""
+    start = (number - 1) * chunk_size
+    is_last = number == chunk_count(size, chunk_size, forced)
+    return start, size if is_last else start + chunk_size
+
+
+def chunk_count(size: int, chunk_size: int, forced: bool = False) -> int:
+    """Return how many chunks flow.js and resumable.js make of a file."""
+    return max(-(-size // chunk_size) if forced else size // chunk_size, 1)
+
+
+def flow_parameters(
+    name: str,
+    data: bytes,
+    number: int = 1,
+    chunk_size: int = MIB,
+    forced: bool = False,
+    prefix: str = "flow",
+    **changes: object,
+) -> Dict[str, str]:
+    """Return what flow.js says of a chunk; ``TotalSize=7`` says 7, None leaves it out."""
+    start, end = chunk_range(len(data), number, chunk_size, forced)
+    values: Dict[str, object] = {
+        "ChunkNumber": number,
+        "ChunkSize": chunk_size,
+        "CurrentChunkSize": end - start,
+        "TotalSize": len(data),
+        "Identifier": f"{len(data)}-{re.sub('[^0-9A-Za-z_-]', '', name)}",
+        "Filename": name.rpartition("/")[2],
+        "RelativePath": name,
+        "TotalChunks": chunk_count(len(data), chunk_size, forced),
+    }
+    values.update(changes)
+    return {prefix + k: str(v) for k, v in values.items() if v is not None}
+
+
+def multipart(
+    fields: Mapping[str, str], body: Optional[bytes], boundary: str = BOUNDARY
+) -> bytes:
+    """Return the form that a browser makes: the fields, then the file (None: no file)."""
+    form = b"".join(
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'
+        f"{value}\r\n".encode()
+        for name, value in fields.items()
+    )
+    if body is not None:
+        form += (
+            f"--{boundary}\r\n"
+            'Content-Disposition: form-data; name="file"; filename="blob"\r\n'
+            "Content-Type: application/octet-stream\r\n\r\n"
+        ).encode() + body + b"\r\n"
+    return form + f"--{boundary}--\r\n".encode()
+
+
+class Message(NamedTuple):
+    """What send() sends after its first argument: ``send(server, *message)``."""
+
+    method: str
+    path: str
+    body: bytes = b""
+    headers: Mapping[str, str] = {}
+
+
+def browser(
+    name: str,
+    data: bytes,
+    number: int = 1,
+    chunk_size: int = MIB,
+    mode: str = "multipart",
+    method: str = "POST",
+    path: str = "/upload",
+    forced: bool = False,
+    prefix: str = "flow",
+    sent: Optional[bytes] = None,
+    **changes: object,
+) -> Message:
+    """Return one chunk as flow.js sends it; `mode` is multipart, octet or test.
+
+    `sent` are other bytes than those that the parameters speak of.
+    """
+    parameters = flow_parameters(
+        name, data, number, chunk_size, forced, prefix, **changes
+    )
+    query = path + "?" + urllib.parse.urlencode(parameters, quote_via=urllib.parse.quote)
+    start, end = chunk_range(len(data), number, chunk_size, forced)
+    body = data[start:end] if sent is None else sent
+    if mode == "multipart":
+        kind = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+        return Message(method, path, multipart(parameters, body), kind)
+    if mode == "octet":
+        return Message(method, query, body, {"Content-Type": "text/plain"})
+    return Message("GET" if method == "POST" else method, query)
+
+
+# What comes back
+
+
+class Answer(NamedTuple):
+    """An answer; header names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Dict[str, Any]:
+        """What a JSON answer says."""
+        values: Dict[str, Any] = json.loads(self.body)
+        return values
+
+
+def send(
+    where: Any,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: Mapping[str, str] = {},
+    client: str = "127.0.0.1",
+) -> Answer:
+    """Send a request over HTTP to a server, or without a socket to an application."""
+    if isinstance(where, UploadApp):
+        return _ask(where, method, path, body, headers, client)
+    host, port = where.server_address[:2]
+    connection = http.client.HTTPConnection(str(host), port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.request(method, path, body or None, dict(headers))
+        response = connection.getresponse()
+        lower = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, lower, response.read())
+
+
+def _ask(
+    app: UploadApp,
+    method: str,
+    path: str,
+    body: bytes,
+    headers: Mapping[str, str],
+    client: str,
+) -> Answer:
+    lower = {name.lower(): value for name, value in headers.items()}
+    path, _, query = path.partition("?")
+    read = io.BytesIO(body).read
+    request = Request(method, path, query, lower, len(body), read, client)
+    response = app.handle(request)
+    given = {name.lower(): value for name, value in response.headers}
+    return Answer(response.status, given, response.body)
+
+
+def send_file(where: Any, name: str, data: bytes, **how: Any) -> List[Answer]:
+    """Send all chunks of a file in order, as browser() makes them."""
+    count = chunk_count(len(data), how.get("chunk_size", MIB), how.get("forced", False))
+    return [
+        send(where, *browser(name, data, number, **how)) for number in range(1, count + 1)
+    ]
+
+
+class RawClient:
+    """A client that says exactly what it is told, byte for byte."""
+
+    def __init__(self, server: Any) -> None:
+        self.socket = socket.create_connection(server.server_address[:2], PATIENCE)
+        self.file = self.socket.makefile("rb")
+
+    def __enter__(self) -> RawClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def send(self, *blocks: Union[bytes, str]) -> RawClient:
+        """Send text, with CRLF for its line ends, or bytes as they are."""
+        for block in blocks:
+            if isinstance(block, str):
+                block = block.replace("\n", "\r\n").encode("latin-1")
+            self.socket.sendall(block)
+        return self
+
+    def answer(self, method: str = "GET") -> Optional[Answer]:
+        """Read one answer; None when the connection ended instead."""
+        try:
+            line = self.file.readline()
+            if not line:
+                return None
+            headers = http.client.parse_headers(self.file)
+        except ConnectionError:
+            return None
+        size = 0 if method == "HEAD" else int(headers.get("Content-Length", "0"))
+        lower = {name.lower(): value for name, value in headers.items()}
+        return Answer(int(line.split()[1]), lower, self.file.read(size))
+
+    def is_closed(self) -> bool:
+        """Read on; return whether the end comes without another byte before it."""
+        try:
+            return self.file.read(1) == b""
+        except ConnectionError:
+            return True
+
+
+# Where it goes
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Yield the real path of a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="flowserver") as folder:
+        yield os.path.realpath(folder)
+
+
+@contextlib.contextmanager
+def temporary_store(**arguments: Any) -> Iterator[Store]:
+    """Yield a Store in a folder of its own; arguments as Store takes them."""
+    with temporary_folder() as folder:
+        store = Store(**{"upload_dir": os.path.join(folder, "uploads"), **arguments})
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+@contextlib.contextmanager
+def application(**arguments: Any) -> Iterator[UploadApp]:
+    """Yield an UploadApp in a folder of its own; settings, or what UploadApp takes."""
+    names = inspect.signature(UploadApp).parameters
+    own = {name: arguments.pop(name) for name in list(arguments) if name in names}
+    with temporary_folder() as folder:
+        values = {"upload_dir": os.path.join(folder, "uploads"), "min_free_space": 0}
+        values["sync"] = False  # others prove what a power cut leaves
+        app = UploadApp(Settings(**{**values, **arguments}), **own)
+        try:
+            yield app
+        finally:
+            app.close()
+
+
+class QuickServer(FlowServer):
+    """A server that notices at once that it shall stop."""
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Look for the end every 10 ms."""
+        super().serve_forever(0.01)
+
+
+@contextlib.contextmanager
+def serving(**arguments: Any) -> Iterator[FlowServer]:
+    """Yield a running server over application(...) on a free port of this machine."""
+    with application(**{"port": 0, **arguments}) as app:
+        with QuickServer(app) as server:
+            yield server
+
+
+Place = Union[FlowServer, UploadApp, Store, str]
+
+
+def folders_of(where: Place) -> Tuple[str, str]:
+    """Return upload_dir and temp_dir of a server, an application, a store, a path."""
+    if isinstance(where, str):
+        return where, os.path.join(where, ".flowserver")
+    if isinstance(where, FlowServer):
+        where = where.app
+    store = where.store if isinstance(where, UploadApp) else where
+    return store.upload_dir, store.temp_dir
+
+
+def finished_files(where: Place) -> Dict[str, bytes]:
+    """Return the bytes of each file below upload_dir, the temp folder left out."""
+    upload_dir, temp_dir = folders_of(where)
+    found = {}
+    for folder, folders, names in os.walk(upload_dir):
+        folders[:] = [name for name in folders if os.path.join(folder, name) != temp_dir]
+        for name in names:
+            path = os.path.join(folder, name)
+            with open(path, "rb") as file:
+                relative = os.path.relpath(path, upload_dir).replace(os.sep, "/")
+                found[relative] = file.read()
+    return found
+
+
+def leftovers(where: Place) -> Dict[str, int]:
+    """Return name and size of the files in the temp folder that hold bytes of clients."""
+    found = {}
+    for folder, _, names in os.walk(folders_of(where)[1]):
+        for name in names:
+            if name.endswith((".data", ".part")):
+                with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                    found[name] = os.path.getsize(os.path.join(folder, name))
+    return found
+
+
+# In how many ways
+
+
+def split_every_way(body: bytes) -> Iterator[List[bytes]]:
+    """Yield the blocks of a body: whole, byte by byte, and cut at each place."""
+    yield [body]
+    yield [body[i:i + 1] for i in range(len(body))]
+    for place in range(1, len(body)):
+        yield [body[:place], body[place:]]
+
+
+def until(condition: Any, what: str = "it") -> None:
+    """Wait until a condition holds; a test that waits in vain fails."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"{what} did not happen")
+        time.sleep(0.005)
+
+
+# ---- house ---------------------------------------------------------------------------
+
+ROOMS = (
+    "front door",
+    "errors",
+    "settings",
+    "multipart",
+    "dialects",
+    "store",
+    "page",
+    "application",
+    "HTTP server",
+    "command line",
+)
+PURE_ROOMS = ("errors", "multipart", "dialects", "page")
+IMPURE_NAMES = frozenset(
+    "open os io socket http time tempfile threading shutil print".split()
+)
+PUBLIC_NAMES = frozenset(
+    "Disk Done FlowError FlowHandler FlowHandlerMixin FlowServer Incoming"
+    " MultipartParser Part Request Response Settings Store Upload UploadApp boundary_of"
+    " create_app main safe_path upload_key wsgi_request".split()
+)
+CHANGERS = frozenset("add append clear extend insert pop remove setdefault update".split())
+Function = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def source_of(path: str) -> str:
+    """Return the text of a file."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def rooms_of(source: str) -> Dict[str, List[ast.stmt]]:
+    """Return the statements of each room, which is what stands between two banners."""
+    banners = {1: "front door"}
+    for number, line in enumerate(source.splitlines(), 1):
+        match = re.fullmatch("# ---- (.+) -+", line)
+        if match:
+            banners[number] = match[1]
+    rooms: Dict[str, List[ast.stmt]] = {name: [] for name in banners.values()}
+    for statement in ast.parse(source).body:
+        above = max(number for number in banners if number <= statement.lineno)
+        rooms[banners[above]].append(statement)
+    return rooms
+
+
+def names_defined(statements: Sequence[ast.stmt]) -> Iterator[str]:
+    """Yield the names that statements give something to."""
+    for statement in statements:
+        if isinstance(statement, Function + (ast.ClassDef,)):
+            yield statement.name
+        elif not isinstance(statement, (ast.Import, ast.ImportFrom, ast.If)):
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    yield node.id
+
+
+def names_used(statements: Sequence[ast.stmt]) -> Iterator[str]:
+    """Yield the global names that statements load; annotations are never evaluated."""
+    module = ast.Module(body=list(statements), type_ignores=[])
+    flags = __future__.annotations.compiler_flag
+    codes = [compile(module, "room", "exec", flags, dont_inherit=True)]
+    for code in codes:
+        codes += [const for const in code.co_consts if inspect.iscode(const)]
+        for step in dis.get_instructions(code):
+            if step.opname.startswith(("LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT")):
+                yield str(step.argval)
+
+
+def code_size(function: ast.AST, lines: Sequence[str]) -> int:
+    """Return a function's lines, without its docstring, comments and empty lines."""
+    assert isinstance(function, Function)
+    counted = set(range(function.lineno, (function.end_lineno or 0) + 1))
+    if ast.get_docstring(function):
+        first = function.body[0]
+        counted -= set(range(first.lineno, (first.end_lineno or 0) + 1))
+    return sum(bool(lines[n - 1].strip().strip("#")[:1]) for n in counted) - sum(
+        lines[n - 1].lstrip().startswith("#") for n in counted
+    )
+
+
+class HouseTest(unittest.TestCase):
+    """The order of the rooms, and what the file says about itself."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.source = source_of(FILE)
+        cls.tree = ast.parse(cls.source)
+        cls.rooms = rooms_of(cls.source)
+
+    def test_rooms_stand_in_their_order_and_each_opens_with_its_law(self) -> None:
+        self.assertEqual(tuple(self.rooms), ROOMS)
+        banners = re.findall("^# ---- (.+) -+\n# Law: ", self.source, re.MULTILINE)
+        self.assertEqual(tuple(banners), ROOMS[1:])
+
+    def test_a_room_uses_only_names_of_rooms_above(self) -> None:
+        later = {name for room in self.rooms.values() for name in names_defined(room)}
+        for title, room in self.rooms.items():
+            later -= set(names_defined(room))
+            with self.subTest(title):
+                self.assertEqual(sorted(later & set(names_used(room))), [])
+
+    def test_pure_rooms_name_nothing_that_touches_the_world(self) -> None:
+        for title in PURE_ROOMS:
+            with self.subTest(title):
+                used = set(names_used(self.rooms[title]))
+                self.assertEqual(sorted(used & IMPURE_NAMES), [])
+
+    def test_all_holds_the_public_names_each_defined_here_and_documented(self) -> None:
+        self.assertEqual(frozenset(flowserver.__all__), PUBLIC_NAMES)
+        for name in flowserver.__all__:
+            with self.subTest(name):
+                thing = getattr(flowserver, name)
+                self.assertEqual(thing.__module__, "flowserver")
+                self.assertTrue(ast.get_docstring(self.definition(name)))
+
+    def definition(self, name: str) -> Any:
+        found = [s for s in self.tree.body if getattr(s, "name", "") == name]
+        self.assertEqual(len(found), 1)
+        return found[0]
+
+    def test_what_has_a_public_name_has_a_docstring(self) -> None:
+        shelves = [self.tree] + [
+            c for c in self.tree.body if isinstance(c, ast.ClassDef) and c.name[0] != "_"
+        ]
+        bare = [
+            thing.name
+            for shelf in shelves
+            for thing in shelf.body
+            if isinstance(thing, Function + (ast.ClassDef,))
+            and not thing.name.startswith("_")
+            and not ast.get_docstring(thing)
+        ]
+        self.assertEqual(bare, [])
+
+    def test_functions_are_short(self) -> None:
+        lines = self.source.splitlines()
+        sizes = {
+            f"{node.name} in line {node.lineno}": code_size(node, lines)
+            for node in ast.walk(self.tree)
+            if isinstance(node, Function)
+        }
+        self.assertEqual({name: n for name, n in sizes.items() if n > 40}, {})
+        self.assertLessEqual(statistics.median(sizes.values()), 8)
+
+    def test_no_function_changes_what_belongs_to_the_module(self) -> None:
+        own = {name for room in self.rooms.values() for name in names_defined(room)}
+        changed = []
+        for node in ast.walk(self.tree):
+            target = None
+            if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+                target = node.value
+            if isinstance(node, ast.Attribute) and node.attr in CHANGERS:
+                target = node.value
+            if isinstance(target, ast.Name) and target.id in own and node.col_offset:
+                changed.append(f"{target.id} in line {node.lineno}")
+            self.assertNotIsInstance(node, ast.Global)
+        self.assertEqual(changed, [])
+
+    def test_only_the_standard_library_is_imported(self) -> None:
+        names = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                self.assertEqual(node.level, 0)
+                names.add(str(node.module))
+        names -= {"fcntl", "msvcrt"}  # each on one of the systems only
+        result = python("-I", "-S", "-c", "import " + ", ".join(sorted(names)))
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+
+    def test_importing_has_no_side_effects(self) -> None:
+        with temporary_folder() as folder:
+            result = python("-I", "-B", "-c", IMPORT_WATCHED, FILE, cwd=folder)
+            self.assertEqual((result.stdout, result.stderr), ("[]\n1\n[]\n", ""))
+            self.assertEqual(os.listdir(folder), [])
+
+    def test_licence_and_version_travel_inside_the_file(self) -> None:
+        self.assertRegex(flowserver.__version__, r"\A[0-9]+\.[0-9]+\.[0-9]+\Z")
+        for words in ("Permission is hereby granted, free of charge", 'PROVIDED "AS IS"'):
+            self.assertIn(words, self.source)
+
+
+IMPORT_WATCHED = """
+import sys
+sys.path.insert(0, sys.argv[1].rpartition("flowserver.py")[0])
+import argparse, base64, configparser, hmac, http.server, ipaddress, logging.handlers
+import secrets, signal, threading, unicodedata, urllib.parse, zlib, typing
+seen = []
+def watch(event, arguments):
+    writes = event == "open" and str(arguments[1])[:1] in "wax+"
+    acts = event.startswith(("socket.", "subprocess.", "os.", "shutil.", "tempfile."))
+    if writes or acts and event not in ("os.listdir", "os.scandir"):
+        seen.append(event)
+sys.addaudithook(watch)
+import flowserver
+print(seen)
+print(threading.active_count())
+print(logging.getLogger("flowserver").handlers + logging.getLogger().handlers)
+"""
+
+
+def python(*arguments: str, **how: Any) -> "subprocess.CompletedProcess[str]":
+    """Run this Python; return what came of it, as text."""
+    environment = dict(os.environ, PYTHONIOENCODING="utf-8", **how.pop("env", {}))
+    environment.pop("FLOWSERVER_CONFIG", None)
+    environment.update(how.pop("also", {}))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        env=environment,
+        **how,
+    )
+
+
+IS_ALONE = not os.path.exists(os.path.join(HOME, "README.md")) and not os.path.exists(
+    os.path.join(HOME, "conf.ini")
+)
+
+
+@unittest.skipIf(IS_ALONE, "the file was taken without its README and conf.ini")
+class ReadmeTest(unittest.TestCase):
+    """README and conf.ini say what the file says."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.readme = source_of(os.path.join(HOME, "README.md"))
+
+    def test_readme_has_the_table_of_settings(self) -> None:
+        self.assertIn(flowserver.settings_markdown(), self.readme)
+
+    def test_readme_has_the_commands_to_run_and_to_test(self) -> None:
+        for command in ("python flowserver.py", "python test_flowserver.py"):
+            with self.subTest(command):
+                self.assertRegex(self.readme, rf"(?m)^[ $]*{re.escape(command)}$")
+
+    def test_changelog_names_this_version(self) -> None:
+        changelog = re.split("(?i)#.*changelog", self.readme)[-1]
+        self.assertIn(flowserver.__version__, changelog)
+
+    def test_examples_of_the_readme_use_public_names(self) -> None:
+        imports = re.findall(r"(?m)^ *from flowserver import ([\w, ]+)", self.readme)
+        self.assertTrue(imports)
+        for name in re.findall(r"\w+", " ".join(imports)):
+            self.assertIn(name, flowserver.__all__)
+
+
+class ConfIniTest(unittest.TestCase):
+    """The conf.ini that is shipped."""
+
+    @unittest.skipIf(IS_ALONE, "the file was taken without its README and conf.ini")
+    def test_shipped_file_is_the_generated_one_with_a_log_file(self) -> None:
+        generated = flowserver.conf_ini()
+        self.assertEqual(generated.count("\nlog_file =\n"), 1)
+        self.assertEqual(
+            source_of(os.path.join(HOME, "conf.ini")),
+            generated.replace("\nlog_file =\n", "\nlog_file = flowserver.log\n"),
+        )
+
+    def test_generated_file_says_the_defaults(self) -> None:
+        with temporary_folder() as folder:
+            read = flowserver.load_settings(conf_file(folder, flowserver.conf_ini()), {})
+        for name, setting in flowserver.settings_table().items():
+            with self.subTest(name):
+                value, default = getattr(read, name), getattr(Settings(), name)
+                is_path = name.endswith("_dir") and default
+                self.assertEqual(value, os.path.join(folder, default) if is_path else default)
+
+    def test_generated_file_has_one_sentence_for_each_key(self) -> None:
+        entries = re.findall(r"(?m)^# (.+\.)\n([a-z_]+) =", flowserver.conf_ini())
+        self.assertEqual([key for _, key in entries], list(flowserver.settings_table()))
+
+
+# ---- settings ------------------------------------------------------------------------
+
+
+def conf_file(folder: str, text: str, encoding: str = "utf-8") -> str:
+    """Write a conf.ini and return its path."""
+    path = os.path.join(folder, "conf.ini")
+    with open(path, "w", encoding=encoding) as file:
+        file.write(text)
+    return path
+
+
+class SettingsTest(unittest.TestCase):
+    """The table of settings, and every way to set one."""
+
+    def test_text_is_read_as_its_setting_means_it(self) -> None:
+        cases = {
+            ("port", "0"): 0,
+            ("port", "65535"): 65535,
+            ("max_chunk_size", "1048576"): MIB,
+            ("max_chunk_size", "8M"): 8 * MIB,
+            ("max_chunk_size", "8m"): 8 * MIB,
+            ("max_chunk_size", "10 G"): 10 << 30,
+            ("max_file_size", "2T"): 2 << 40,
+            ("log_max_size", "64K"): 64 * KIB,
+            ("timeout", "90"): 90,
+            ("timeout", "30s"): 30,
+            ("timeout", "5m"): 300,
+            ("stale_after", "12h"): 43200,
+            ("stale_after", "2d"): 172800,
+            ("sync", "yes"): True,
+            ("sync", "OFF"): False,
+            ("on_conflict", "refuse"): "refuse",
+            ("allow_origins", "https://a.example, http://b.example:8080"): (
+                "https://a.example",
+                "http://b.example:8080",
+            ),
+            ("log_level", "debug"): "debug",
+            ("host", "  0.0.0.0 "): "0.0.0.0",
+        }
+        for (name, text), value in cases.items():
+            with self.subTest(name=name, text=text):
+                self.assertEqual(getattr(Settings(**{name: text}), name), value)
+
+    def test_text_that_is_no_value_is_refused_in_one_sentence(self) -> None:
+        cases = {
+            "port": ("65536", "-1", "+1", "8_0", "8000.0", "http", "", "\u0663"),
+            "max_chunk_size": ("8MB", "-1", "1.5G", "M", "1e3", "\u0663", "9" * 16, ""),
+            "timeout": ("1w", "soon", "-5s", "1.5", "0x10"),
+            "max_uploads": ("many", "1K", "-1", "1_000", "9" * 10),
+            "sync": ("maybe", "", "2"),
+            "on_conflict": ("overwrite", "", "Rename"),
+            "log_level": ("loud", "INFO"),
+            "trusted_proxies": ("10.0.0.0/33", "proxy.example"),
+        }
+        for name, texts in cases.items():
+            for text in texts:
+                with self.subTest(name=name, text=text):
+                    with self.assertRaises(flowserver.SettingsError) as caught:
+                        Settings(**{name: text})
+                    message = str(caught.exception)
+                    self.assertTrue(message.startswith(f'{name}: "{text}" '), message)
+                    self.assertRegex(message, r"\A[^\n]+\.\Z")
+
+    def test_python_values_are_taken_as_they_are(self) -> None:
+        settings = Settings(port=0, sync=False, allow_hosts=["a", "b"], temp_dir=None)
+        self.assertIs(settings.sync, False)
+        self.assertEqual(settings.allow_hosts, ("a", "b"))
+        self.assertEqual((settings.port, settings.temp_dir), (0, ""))
+        self.assertIn("allow_hosts=('a', 'b')", repr(settings))
+
+    def test_unknown_setting_is_refused(self) -> None:
+        with self.assertRaisesRegex(flowserver.SettingsError, 'no setting "colour"'):
+            Settings(colour="red")
+
+    def test_networks_take_addresses_and_ranges(self) -> None:
+        networks = Settings(trusted_proxies="10.0.0.1/8 ::1").trusted_proxies
+        self.assertEqual([str(n) for n in networks], ["10.0.0.0/8", "::1/128"])
+
+    def test_design_fixes_sections_and_defaults(self) -> None:
+        self.assertEqual(
+            [(s.section, k, s.default) for k, s in flowserver.settings_table().items()],
+            [tuple(row.split(" ", 2)) for row in DESIGNED_SETTINGS.strip().split("\n")],
+        )
+
+
+DESIGNED_SETTINGS = """
+server host 127.0.0.1
+server port 8000
+server upload_path /upload
+server sample_dir sample
+server certificate {e}
+server private_key {e}
+server max_connections 1000
+server timeout 60s
+server trusted_proxies {e}
+storage upload_dir uploads
+storage temp_dir {e}
+storage sync on
+storage on_conflict rename
+storage stale_after 2d
+storage keep_receipts 1d
+storage min_free_space 100M
+limits max_file_size 0
+limits max_chunk_size 0
+limits max_uploads 10000
+client chunk_size 1M
+client parameter_prefix {e}
+access users_file {e}
+access allow_origins {e}
+access allow_hosts {e}
+log log_file {e}
+log log_level info
+log log_max_size 10M
+log log_backups 5
+""".format(e="")
+
+
+class LoadSettingsTest(unittest.TestCase):
+    """conf.ini and flags."""
+
+    def setUp(self) -> None:
+        self.folder = self.enterContext(temporary_folder())
+
+    def enterContext(self, context: Any) -> Any:
+        """As unittest's own, which Python 3.11 brought."""
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def load(self, text: str, **flags: str) -> Settings:
+        return flowserver.load_settings(conf_file(self.folder, text), flags)
+
+    def refusal(self, text: str, **flags: str) -> str:
+        with self.assertRaises(flowserver.SettingsError) as caught:
+            self.load(text, **flags)
+        return str(caught.exception)
+
+    def test_flags_win_over_the_file_which_wins_over_the_defaults(self) -> None:
+        settings = self.load("[server]\nport = 81\nhost = ::1\n", port="82")
+        self.assertEqual((settings.port, settings.host), (82, "::1"))
+        self.assertEqual(settings.upload_path, "/upload")
+
+    def test_without_a_file_the_defaults_hold(self) -> None:
+        self.assertEqual(repr(flowserver.load_settings("", {})), repr(Settings()))
+
+    def test_paths_in_the_file_are_relative_to_the_file(self) -> None:
+        settings = self.load("[storage]\nupload_dir = in\n[log]\nlog_file = a/b.log\n")
+        self.assertEqual(settings.upload_dir, os.path.join(self.folder, "in"))
+        self.assertEqual(settings.log_file, os.path.join(self.folder, "a/b.log"))
+
+    def test_paths_of_flags_are_relative_to_the_current_folder(self) -> None:
+        settings = self.load("", upload_dir="in", log_file="")
+        self.assertEqual(settings.upload_dir, os.path.join(os.getcwd(), "in"))
+        self.assertEqual(settings.log_file, "")
+
+    def test_home_and_environment_are_expanded(self) -> None:
+        with mock.patch.dict(os.environ, {"FLOW_TEST": os.path.join(self.folder, "x")}):
+            settings = self.load("[storage]\nupload_dir=$FLOW_TEST/y\ntemp_dir = ~/z\n")
+        self.assertEqual(settings.upload_dir, os.path.join(self.folder, "x") + "/y")
+        self.assertEqual(settings.temp_dir, os.path.expanduser("~/z"))
+
+    def test_percent_signs_mean_themselves(self) -> None:
+        settings = self.load("[storage]\nupload_dir = 100%(host)s%%\n")
+        self.assertEqual(settings.upload_dir, os.path.join(self.folder, "100%(host)s%%"))
+
+    def test_file_of_windows_is_read(self) -> None:
+        text = "[server]\r\nport = 81\r\n[storage]\r\nupload_dir = Gr\u00fc\u00dfe\r\n"
+        path = conf_file(self.folder, text, encoding="utf-8-sig")
+        settings = flowserver.load_settings(path, {})
+        self.assertEqual(settings.port, 81)
+        self.assertEqual(settings.upload_dir, os.path.join(self.folder, "Gr\u00fc\u00dfe"))
+
+    def test_a_mistake_is_named_with_file_section_key_and_value(self) -> None:
+        cases = {
+            "[server]\nport = many\n": ("[server]", "port", '"many"'),
+            "[server]\nprot = 80\n": ("[server]", "prot", '"80"'),
+            "[storage]\nport = 80\n": ("[storage]", "port", '"80"'),
+            "[servers]\nport = 80\n": ("[servers]",),
+            "[empty]\n": ("[empty]",),
+            "[DEFAULT]\nport = 80\n": ("[DEFAULT]",),
+            "port = 80\n": ("port",),
+            "[server]\nport = 80\nport = 81\n": ("port",),
+            "[server]\nport\n": ("port",),
+        }
+        for text, words in cases.items():
+            with self.subTest(text):
+                message = self.refusal(text)
+                self.assertRegex(message, r"\A[^\n]+\.\Z")
+                for word in (os.path.join(self.folder, "conf.ini"),) + words:
+                    self.assertIn(word, message)
+
+    def test_a_mistake_in_a_flag_is_named(self) -> None:
+        message = self.refusal("", max_chunk_size="big")
+        self.assertTrue(message.startswith('--max-chunk-size: "big" '), message)
+
+    def test_a_file_that_is_missing_or_no_text_is_named(self) -> None:
+        missing = os.path.join(self.folder, "missing.ini")
+        with self.assertRaisesRegex(flowserver.SettingsError, "missing.ini can't be read"):
+            flowserver.load_settings(missing, {})
+        path = conf_file(self.folder, "[server]\nhost = \xff\n", encoding="latin-1")
+        with self.assertRaisesRegex(flowserver.SettingsError, "conf.ini can't be read"):
+            flowserver.load_settings(path, {})
+
+    def test_config_is_named_by_argument_then_environment_then_place(self) -> None:
+        beside = os.path.join(os.path.dirname(FILE), "conf.ini")
+        beside = beside if os.path.exists(beside) else ""
+        with mock.patch.dict(os.environ, {"FLOWSERVER_CONFIG": "env.ini"}):
+            self.assertEqual(flowserver.find_config("arg.ini"), "arg.ini")
+            self.assertEqual(flowserver.find_config(""), "")
+            self.assertEqual(flowserver.find_config(None), "env.ini")
+            del os.environ["FLOWSERVER_CONFIG"]
+            self.assertEqual(flowserver.find_config(None), beside)
+
+
+# ---- multipart -----------------------------------------------------------------------
+
+Parsed = List[Tuple[str, Optional[str], str, bytes]]
+
+
+def parse(blocks: Sequence[bytes], boundary: str = "B", **limits: int) -> Parsed:
+    """Return name, filename, type and bytes of each part; hold feed() to its promises."""
+    parser = MultipartParser(boundary.encode(), **limits)
+    parts: Parsed = []
+    is_open = False
+    for block in blocks:
+        for event in parser.feed(block):
+            assert is_open != isinstance(event, Part), "a part within a part, or none"
+            if isinstance(event, Part):
+                parts.append(tuple(event) + (b"",))  # type: ignore[arg-type]
+            elif event is not None:
+                assert len(event) > 0, "an empty block"
+                parts[-1] = parts[-1][:3] + (parts[-1][3] + bytes(event),)
+            is_open = event is not None
+    parser.close()
+    assert not is_open
+    return parts
+
+
+def lines(*texts: str) -> bytes:
+    """Return lines as they stand in a form."""
+    return b"".join(text.encode() + b"\r\n" for text in texts)
+
+
+FIELD = 'Content-Disposition: form-data; name="a"'
+UPLOADED = 'Content-Disposition: form-data; name="f"; filename="x.bin"'
+
+# What is sent, and what it is.
+FORMS: Dict[str, Tuple[bytes, Parsed]] = {
+    "no part": (b"--B--\r\n", []),
+    "no line end at the end": (b"--B--", []),
+    "one field": (lines("--B", FIELD, "", "1", "--B--"), [("a", None, "", b"1")]),
+    "empty field": (lines("--B", FIELD, "", "", "--B--"), [("a", None, "", b"")]),
+    "empty file": (lines("--B", UPLOADED, "", "", "--B--"), [("f", "x.bin", "", b"")]),
+    "type of a file": (
+        lines("--B", UPLOADED, "Content-Type: a/b", "", "1", "--B--"),
+        [("f", "x.bin", "a/b", b"1")],
+    ),
+    "empty filename is a file": (
+        lines("--B", FIELD + '; filename=""', "", "1", "--B--"),
+        [("a", "", "", b"1")],
+    ),
+    "fields and a file": (
+        lines("--B", FIELD, "", "1", "--B", UPLOADED, "", "23", "--B--"),
+        [("a", None, "", b"1"), ("f", "x.bin", "", b"23")],
+    ),
+    "field after the file": (
+        lines("--B", UPLOADED, "", "23", "--B", FIELD, "", "1", "--B--"),
+        [("f", "x.bin", "", b"23"), ("a", None, "", b"1")],
+    ),
+    "preamble and epilogue": (
+        lines("hello", "--b", "--B", FIELD, "", "1", "--B--", "--B", "bye"),
+        [("a", None, "", b"1")],
+    ),
+    "line end before the first boundary": (
+        lines("", "--B", FIELD, "", "1", "--B--"),
+        [("a", None, "", b"1")],
+    ),
+    "transport padding": (
+        lines("--B \t ", FIELD, "", "1", "--B-- \t"),
+        [("a", None, "", b"1")],
+    ),
+    "line ends at both ends of the data": (
+        lines("--B", UPLOADED, "", "\r\n1\r\n", "--B--"),
+        [("f", "x.bin", "", b"\r\n1\r\n")],
+    ),
+    "data of nothing but CR": (
+        lines("--B", UPLOADED, "", "\r\r\r", "--B--"),
+        [("f", "x.bin", "", b"\r\r\r")],
+    ),
+    "almost boundaries": (
+        lines("--B", UPLOADED, "", "--B\r\n--A\r\n-B\n--B\r--B\r\n--", "--B--"),
+        [("f", "x.bin", "", b"--B\r\n--A\r\n-B\n--B\r--B\r\n--")],
+    ),
+    "a boundary begins within a boundary": (
+        lines("--B", UPLOADED, "", "\r\n-\r\n-\r\r\n-", "--B--"),
+        [("f", "x.bin", "", b"\r\n-\r\n-\r\r\n-")],
+    ),
+    "names of headers in any case": (
+        lines("--B", "content-DISPOSITION:form-data;NAME=a", "", "1", "--B--"),
+        [("a", None, "", b"1")],
+    ),
+    "UTF-8 names": (
+        lines("--B", 'Content-Disposition: form-data; name="日"', "", "本", "--B--"),
+        [("日", None, "", "本".encode())],
+    ),
+    "harmless encoding": (
+        lines("--B", FIELD, "Content-Transfer-Encoding: Binary", "", "1", "--B--"),
+        [("a", None, "", b"1")],
+    ),
+}
+
+# What is sent, and the word that its refusal must hold.
+BROKEN_FORMS: Dict[str, Tuple[bytes, str]] = {
+    "nothing": (b"", "ended"),
+    "another boundary": (lines("--C", FIELD, "", "1", "--C--"), "ended"),
+    "cut in the header": (lines("--B", FIELD), "ended"),
+    "cut in the data": (lines("--B", FIELD, "", "123"), "ended"),
+    "cut before the last dash": (lines("--B", FIELD, "", "1") + b"--B-", "ended"),
+    "cut after a boundary": (lines("--B", FIELD, "", "1") + b"--B\r\n", "ended"),
+    "text behind a boundary": (lines("--Bx", FIELD, "", "1", "--B--"), "other text"),
+    "longer boundary": (lines("--BB", FIELD, "", "1", "--BB--"), "other text"),
+    "bare LF": (lines("--B\n" + FIELD, "", "1", "--B--"), "other text"),
+    "endless padding": (b"--B" + b" " * 100 + b"\r\n", "other text"),
+    "no headers": (lines("--B", "", "1", "", "--B--"), "can't be read"),
+    "no colon": (lines("--B", "Content", "", "1", "--B--"), "can't be read"),
+    "blank before colon": (lines("--B", FIELD, "A : b", "", "1", "--B--"), "can't be read"),
+    "folded header": (lines("--B", FIELD, " more", "", "1", "--B--"), "can't be read"),
+    "NUL in a header": (lines("--B", FIELD, "A: \0", "", "1", "--B--"), "can't be read"),
+    "header twice": (lines("--B", FIELD, FIELD, "", "1", "--B--"), "can't be read"),
+    "many headers": (
+        lines("--B", FIELD, *(f"A{n}: b" for n in range(16)), "", "1", "--B--"),
+        "can't be read",
+    ),
+    "not UTF-8": (lines("--B", FIELD) + b"A: \xff\r\n\r\n1\r\n--B--", "UTF-8"),
+    "no name": (lines("--B", "Content-Disposition: form-data", "", "", "--B--"), "no name"),
+    "no disposition": (lines("--B", "Content-Type: a/b", "", "", "--B--"), "no name"),
+    "attachment": (
+        lines("--B", 'Content-Disposition: attachment; name="a"', "", "", "--B--"),
+        "no name",
+    ),
+    "name in star form only": (
+        lines("--B", "Content-Disposition: form-data; name*=a", "", "", "--B--"),
+        "no name",
+    ),
+    "encoded part": (
+        lines("--B", FIELD, "Content-Transfer-Encoding: base64", "", "MQ", "--B--"),
+        "encoded",
+    ),
+    "name twice": (lines("--B", FIELD + "; name=b", "", "", "--B--"), "twice"),
+}
+
+
+class MultipartTest(unittest.TestCase):
+    """Bytes in, parts out; however the bytes were cut."""
+
+    def test_parts_are_the_same_however_the_body_is_cut(self) -> None:
+        for name, (body, parts) in FORMS.items():
+            for blocks in split_every_way(body):
+                with self.subTest(name, blocks=len(blocks), first=len(blocks[0])):
+                    self.assertEqual(parse(blocks), parts)
+
+    def test_broken_forms_are_refused_however_they_are_cut(self) -> None:
+        for name, (body, words) in BROKEN_FORMS.items():
+            for blocks in split_every_way(body):
+                with self.subTest(name, blocks=len(blocks)):
+                    with self.assertRaisesRegex(flowserver.Malformed, words):
+                        parse(blocks)
+
+    def test_truncation_anywhere_is_noticed(self) -> None:
+        body, _ = FORMS["fields and a file"]
+        for size in range(len(body) - 2):  # the very last line end is not needed
+            with self.subTest(size):
+                with self.assertRaises(flowserver.Truncated):
+                    parse([body[:size]])
+
+    def test_buffer_that_is_used_again_changes_nothing(self) -> None:
+        body, parts = FORMS["almost boundaries"]
+        buffer, parser, data = bytearray(7), MultipartParser(b"B"), b""
+        for start in range(0, len(body), 5):
+            size = len(body[start:start + 5])
+            buffer[:size] = body[start:start + 5]
+            events = parser.feed(buffer, size)
+            data += b"".join(bytes(e) for e in events if isinstance(e, memoryview))
+            buffer[:] = b"--B\r\nX"
+        parser.close()
+        self.assertEqual(data, parts[0][3])
+
+    def test_long_block_is_not_copied(self) -> None:
+        parser = MultipartParser(b"B")
+        parser.feed(lines("--B", UPLOADED, ""))
+        block = bytearray(noise(64 * KIB).replace(b"\r", b"."))
+        (event,) = parser.feed(block)
+        block[0] ^= 1
+        self.assertEqual(event, block)
+
+    def test_junk_outside_of_the_parts_is_bounded(self) -> None:
+        body, parts = FORMS["one field"]
+        for before, after in ((100, 0), (0, 98), (50, 48)):  # the last line end is junk
+            with self.subTest(before=before, after=after):
+                junk = b"." * max(0, before - 4) + b"\r\n" if before else b""
+                full = junk + body + b"." * after
+                self.assertEqual(parse([full], max_junk_size=100), parts)
+                for blocks in ([full + b".."], [b".."] + [full], [full, b"", b".", b"."]):
+                    with self.assertRaisesRegex(flowserver.Malformed, "too many bytes"):
+                        parse(blocks, max_junk_size=98)
+
+    def test_number_of_parts_is_bounded(self) -> None:
+        body = lines(*["--B", FIELD, "", "1"] * 3, "--B--")
+        self.assertEqual(len(parse([body], max_parts=3)), 3)
+        for blocks in split_every_way(body):
+            with self.assertRaisesRegex(flowserver.Malformed, "too many parts"):
+                parse(blocks, max_parts=2)
+
+    def test_header_of_a_part_is_bounded(self) -> None:
+        body = lines("--B", FIELD, "A: " + "b" * 50, "", "1", "--B--")
+        size = len(FIELD) + 2 + 53 + 4
+        self.assertEqual(len(parse([body], max_header_size=size)), 1)
+        for blocks in split_every_way(body):
+            with self.assertRaisesRegex(flowserver.Malformed, "too long"):
+                parse(blocks, max_header_size=size - 1)
+
+    def test_first_error_is_the_last_word(self) -> None:
+        parser = MultipartParser(b"B")
+        for call in (lambda: parser.feed(b"--B?\r\n"), lambda: parser.feed(b"--B--")):
+            with self.assertRaisesRegex(flowserver.Malformed, "other text"):
+                call()
+        with self.assertRaisesRegex(flowserver.Malformed, "other text"):
+            parser.close()
+
+    def test_what_could_begin_a_boundary_is_all_that_is_held_back(self) -> None:
+        """CVE-2023-46136: data that begins with a line end and has no other."""
+        for data in (b"\r\n" + b"." * 5000, b"\r" * 5000, b"\r\n--" * 1250):
+            parser, seen = MultipartParser(b"B" * 70), 0
+            parser.feed(lines("--" + "B" * 70, UPLOADED, ""))
+            for sent in range(0, 5000, 50):
+                events = parser.feed(data[sent:sent + 50])
+                seen += sum(len(e) for e in events if isinstance(e, memoryview))
+                self.assertGreater(seen, sent + 50 - 74)
+
+    def test_damaged_forms_are_parsed_or_refused_alike_however_cut(self) -> None:
+        """Whatever arrives, we succeed or raise Malformed, never anything else."""
+        chance, good = random.Random(7), FORMS["fields and a file"][0]
+        for number in range(400):
+            body = damaged(good, chance)
+            cut = chance.randrange(len(body) + 1)
+            whole = outcome([body])
+            with self.subTest(number, body=body):
+                self.assertEqual(outcome([body[:cut], body[cut:]]), whole)
+                self.assertEqual(outcome([body[i:i + 1] for i in range(len(body))]), whole)
+
+
+def damaged(body: bytes, chance: random.Random) -> bytes:
+    """Return a body with some of its bytes lost, doubled, or others."""
+    for _ in range(chance.randrange(1, 5)):
+        place = chance.randrange(len(body))
+        piece = chance.choice([b"", b"\r\n", b"--B", b"-", b'"', b"\xff", b"\0", b";", b"B"])
+        body = body[:place] + piece + body[place + chance.randrange(4):]
+    return body
+
+
+def outcome(blocks: Sequence[bytes]) -> Union[Parsed, str]:
+    """Return the parts, or how the form was refused."""
+    try:
+        return parse(blocks)
+    except flowserver.Malformed as error:
+        return f"{type(error).__name__}: {error}"
+
+
+class OptionsTest(unittest.TestCase):
+    """Content-Type and Content-Disposition."""
+
+    def test_options_are_read_as_browsers_write_them(self) -> None:
+        cases = {
+            "form-data": {},
+            "form-data; name=a": {"name": "a"},
+            'FORM-DATA ;\tname="a" ; filename=b': {"name": "a", "filename": "b"},
+            'form-data; name=""': {"name": ""},
+            'form-data; name="a;b=\'c\'"': {"name": "a;b='c'"},
+            'form-data; name="a%22b"': {"name": "a%22b"},
+            'form-data; name="a\\"b"': {"name": 'a"b'},
+            'form-data; name="C:\\dir\\x"': {"name": "C:\\dir\\x"},
+            'form-data; filename="a\\"; name=b': {"filename": "a\\", "name": "b"},
+            "form-data; name=a; filename*=UTF-8''b": {"name": "a"},
+            'form-data; name="日本"': {"name": "日本"},
+        }
+        for text, options in cases.items():
+            with self.subTest(text):
+                self.assertEqual(flowserver.parse_options(text), ("form-data", options))
+
+    def test_options_that_are_not_written_so_are_refused(self) -> None:
+        cases = ("a; b", "a; b=", "a; b c=d", 'a; b="c', 'a; b="c"d', "a;", "a; ;b=c",
+            "a; b=c; B=d", "a; b=c, d=e", "a; =c", 'a; b="c" d', "a; b*=1; b*=2")
+        for text in cases:
+            with self.subTest(text):
+                with self.assertRaises(flowserver.Malformed):
+                    flowserver.parse_options(text)
+
+    def test_hostile_options_are_read_in_linear_time(self) -> None:
+        """CVE-2024-24762, CVE-2025-67726: a quadratic one would take minutes here."""
+        for piece in ('\\"', '"', "; a", ' "', "\\", "; ", ' ;\t"a\\"', "="):
+            with self.assertRaises(flowserver.Malformed):
+                flowserver.parse_options('a; b="' + piece * 200_000 + "\0")
+
+    def test_boundary_is_found_or_refused(self) -> None:
+        boundary = flowserver.boundary_of
+        self.assertEqual(boundary("multipart/form-data; boundary=a"), b"a")
+        self.assertEqual(boundary(' Multipart/Form-Data;BOUNDARY="a b"'), b"a b")
+        self.assertEqual(boundary("multipart/form-data; boundary=" + "a" * 70), b"a" * 70)
+        for text in ("", "text/plain", "application/octet-stream; boundary=a"):
+            self.assertIsNone(boundary(text))
+        for text in ("multipart/form-data", "multipart/mixed; boundary=a",
+                "multipart/form-data; boundary=", 'multipart/form-data; boundary="a "',
+                "multipart/form-data; boundary=" + "a" * 71, "multipart/",
+                'multipart/form-data; boundary="a\r"', "multipart/form-data; boundary=ä",
+                "multipart/form-data; boundary=a; boundary=b"):
+            with self.subTest(text):
+                with self.assertRaises(flowserver.Malformed):
+                    boundary(text)
+
+
+# ---- dialects ------------------------------------------------------------------------
+
+DIALECTS = {dialect.name: dialect for dialect in flowserver.DIALECTS}
+# The statuses after which each client does not try again, as its source says.
+GIVES_UP = {
+    "flow.js": {404, 413, 415, 500, 501},
+    "resumable.js": {400, 404, 415, 500, 501},
+}
+NO_INTEGERS = ("+1", "-1", "1_0", "\u0663", "\u00b2", "1e3", "0x1", " 1", "1 ", "1.0", "",
+    "9" * 16, "9" * 30, "NaN", "null", "1\n", "\uff11")
+
+
+def meaning(parameters: Mapping[str, str]) -> flowserver.Chunk:
+    """Return what parameters mean, in the dialect that they are in."""
+    dialect = flowserver.recognise(parameters)
+    assert dialect is not None
+    return flowserver.parse_chunk(dialect, parameters)
+
+
+class DialectTest(unittest.TestCase):
+    """What parameters mean, and which status a client obeys."""
+
+    def test_chunks_lie_where_the_client_cut_them(self) -> None:
+        cases = {  # size, number, chunk size, forced: start, length
+            (0, 1, 10, False): (0, 0),
+            (0, 1, 10, True): (0, 0),
+            (1, 1, 10, False): (0, 1),
+            (9, 1, 10, False): (0, 9),
+            (10, 1, 10, True): (0, 10),
+            (19, 1, 10, False): (0, 19),
+            (19, 2, 10, True): (10, 9),
+            (20, 2, 10, False): (10, 10),
+            (25, 1, 10, False): (0, 10),
+            (25, 2, 10, False): (10, 15),
+            (25, 3, 10, True): (20, 5),
+            (29, 2, 10, False): (10, 19),
+        }
+        for case, (start, length) in cases.items():
+            for prefix in ("flow", "resumable"):
+                with self.subTest(case, prefix=prefix):
+                    size, number, chunk_size, forced = case
+                    sent = flow_parameters(
+                        "a", bytes(size), number, chunk_size, forced, prefix
+                    )
+                    chunk = meaning(sent)
+                    self.assertEqual((chunk.start, chunk.length), (start, length))
+
+    def test_anything_but_ascii_digits_is_no_integer(self) -> None:
+        for name in ("ChunkNumber", "ChunkSize", "CurrentChunkSize", "TotalSize"):
+            for text in NO_INTEGERS:
+                if (name, text) == ("ChunkNumber", ""):
+                    continue  # asks for the whole upload
+                with self.subTest(name, text=text):
+                    sent = flow_parameters("a", bytes(25), **{name: text})
+                    with self.assertRaisesRegex(flowserver.Malformed, name + " is "):
+                        meaning(sent)
+
+    def test_count_that_is_no_integer_is_refused(self) -> None:
+        for text in NO_INTEGERS:
+            if text:
+                with self.subTest(text):
+                    with self.assertRaisesRegex(flowserver.Malformed, "TotalChunks is "):
+                        meaning(flow_parameters("a", bytes(25), TotalChunks=text))
+
+    def test_parameters_that_contradict_each_other_are_refused(self) -> None:
+        cases = {
+            "number 0": dict(ChunkNumber=0),
+            "chunk size 0": dict(ChunkSize=0),
+            "behind the end": dict(ChunkNumber=3),
+            "longer than the file": dict(CurrentChunkSize=26),
+            "first chunk is short": dict(CurrentChunkSize=9),
+            "first chunk is long": dict(CurrentChunkSize=11),
+            "last chunk is twice as long": dict(ChunkSize=12, CurrentChunkSize=25),
+            "empty chunk of a file": dict(ChunkNumber=26, ChunkSize=1, CurrentChunkSize=0),
+            "count too small": dict(TotalChunks=1),
+            "count too large": dict(TotalChunks=4),
+            "count 0": dict(TotalChunks=0),
+            "number above count": dict(
+                ChunkNumber=3, CurrentChunkSize=5, TotalChunks=2
+            ),
+            "no identifier": dict(Identifier=""),
+            "no name": dict(Filename=None, RelativePath=None),
+            "name is the text null": dict(Filename="", RelativePath="null"),
+        }
+        for name, changes in cases.items():
+            with self.subTest(name):
+                sent = flow_parameters("a", bytes(25), 1, 10, **changes)  # type: ignore
+                with self.assertRaises(flowserver.Malformed):
+                    meaning(sent)
+
+    def test_count_is_floor_or_ceil_and_not_needed(self) -> None:
+        for count in ("2", "3", "", None):
+            with self.subTest(count):
+                sent = flow_parameters("a", bytes(25), 1, 10, TotalChunks=count)
+                self.assertEqual(meaning(sent).length, 10)
+
+    def test_wrong_count_of_resumable_is_not_believed(self) -> None:
+        """resumable.js 1.1.0 sends however many chunks it has made so far."""
+        for count in ("1", "18", "nonsense"):
+            sent = flow_parameters(
+                "a", bytes(25), 2, 10, prefix="resumable", TotalChunks=count
+            )
+            self.assertEqual(meaning(sent).length, 15)
+
+    def test_without_a_number_the_whole_upload_is_meant(self) -> None:
+        for number in (None, ""):
+            sent = flow_parameters("a", bytes(25), ChunkNumber=number)
+            self.assertEqual((meaning(sent).length, meaning(sent).size), (-1, 25))
+
+    def test_path_is_the_filename_when_there_is_none(self) -> None:
+        for path in (None, "", "null", "undefined", "false"):
+            with self.subTest(path):
+                chunk = meaning(flow_parameters("a", b"1", RelativePath=path))
+                self.assertEqual((chunk.relative_path, chunk.filename), ("a", "a"))
+
+    def test_filename_is_the_path_when_there_is_none(self) -> None:
+        chunk = meaning(flow_parameters("d/a", b"1", Filename=None))
+        self.assertEqual((chunk.relative_path, chunk.filename), ("d/a", "d/a"))
+
+    def test_dialects_are_told_apart_by_their_identifier(self) -> None:
+        for prefix in ("flow", "resumable"):
+            dialect = flowserver.recognise(["x", prefix + "Identifier", "y"])
+            self.assertIs(dialect, DIALECTS[prefix + ".js"])
+        self.assertIsNone(flowserver.recognise(["flowidentifier", "identifier", "name"]))
+
+    def test_prefix_is_taken_off(self) -> None:
+        for prefix in ("resumable", ""):
+            sent = flow_parameters("a", bytes(25), 1, 10, prefix="up_" + prefix)
+            plain = flowserver.unprefixed(sent, "up_")
+            with self.subTest(prefix):
+                self.assertIsNone(flowserver.recognise(sent))
+                self.assertEqual(meaning(plain).length, 10)
+        self.assertEqual(flowserver.unprefixed({"up": "1"}, ""), {"up": "1"})
+
+    def test_only_random_identifiers_of_ours_are_secret(self) -> None:
+        cases = {
+            "flowserver-" + "0a" * 16 + "-1700000000000": True,
+            "flowserver-" + "0a" * 15 + "-1700000000000": False,
+            "flowserver-" + "0A" * 16 + "-1": False,
+            "x-flowserver-" + "0a" * 16 + "-1": False,
+            "25-a": False,
+        }
+        for identifier, is_secret in cases.items():
+            with self.subTest(identifier):
+                chunk = meaning(flow_parameters("a", b"1", Identifier=identifier))
+                self.assertIs(chunk.is_secret, is_secret)
+
+    def test_refusal_for_good_ends_the_upload_in_each_client(self) -> None:
+        kinds = (flowserver.Malformed, flowserver.TooLarge, flowserver.Conflict,
+            flowserver.Forbidden)
+        for name, statuses in GIVES_UP.items():
+            for kind in kinds:
+                with self.subTest(name, kind=kind.__name__):
+                    status = flowserver.status_of(kind(), DIALECTS[name])
+                    self.assertIn(status, statuses & set(range(400, 500)))
+
+    def test_truncated_body_may_be_sent_again(self) -> None:
+        """It broke off on the way; that is a client's error, but none for good."""
+        for name, statuses in GIVES_UP.items():
+            status = flowserver.status_of(flowserver.Truncated(), DIALECTS[name])
+            self.assertIn(status, set(range(400, 500)) - statuses)
+
+    def test_passing_trouble_is_tried_again_by_each_client(self) -> None:
+        for dialect in flowserver.DIALECTS:
+            self.assertEqual(flowserver.status_of(flowserver.Trouble(), dialect), 503)
+
+    def test_every_error_has_a_status_without_a_dialect(self) -> None:
+        cases = {"Malformed": 400, "TooLarge": 413, "Conflict": 409,
+            "Forbidden": 403, "Unauthorized": 401, "Missing": 404, "BadMethod": 405,
+            "Trouble": 503}
+        for name, status in cases.items():
+            with self.subTest(name):
+                error = getattr(flowserver, name)()
+                self.assertEqual(flowserver.status_of(error, None), status)
+
+
+class NameTest(unittest.TestCase):
+    """Names of clients, made harmless on every system."""
+
+    def test_names_become_safe_ones(self) -> None:
+        cases = {
+            "a.txt": "a.txt",
+            "日本.txt": "日本.txt",
+            "e\u0301.txt": "\u00e9.txt",
+            "a/b/c.txt": "a/b/c.txt",
+            "a\\b\\c.txt": "a/b/c.txt",
+            "/a//./b.txt": "a/b.txt",
+            "C:\\x": "C_/x",
+            "\\\\server\\share\\x": "server/share/x",
+            "file:stream": "file_stream",
+            "a\0b": "a_b",
+            "a\nb\x7f\x85": "a_b__",
+            '<>:"|?*': "_______",
+            "CON": "_CON",
+            "con.txt": "_con.txt",
+            "nul .tar.gz": "_nul .tar.gz",
+            "COM1": "_COM1",
+            "lpt\u00b9.x": "_lpt\u00b9.x",
+            "CONIN$": "_CONIN$",
+            "console": "console",
+            "com10": "com10",
+            "aux/prn/nul": "_aux/_prn/_nul",
+            "a. . ": "a_",
+            "a.": "a_",
+            "...": "_",
+            "  a": "a",
+            "-rf": "-rf",
+            ".htaccess": ".htaccess",
+            ".flowserver": "_.flowserver",
+            ".FLOWSERVER/v1/x.ledger": "_.FLOWSERVER/v1/x.ledger",
+            "x/.flowserver": "x/_.flowserver",
+            "\u202egpj.exe": "_gpj.exe",
+            "a\u2066b\u2069\ufeff": "a_b__",
+            "\u200fa\u2028": "_a_",
+        }
+        for name, safe in cases.items():
+            with self.subTest(ascii(name)):
+                self.assertEqual(flowserver.safe_path(name), safe)
+                self.assertEqual(flowserver.safe_path(safe), safe)
+
+    def test_names_that_lead_outside_or_nowhere_are_refused(self) -> None:
+        cases = ("../../x", "..", "a/../b", "a\\..\\b", "a/.. /b", "a/ ../b", "", "/", ".",
+            "./", "a/", "a\\", "/".join("a" * 41), "/".join(["a" * 250] * 9))
+        for name in cases:
+            with self.subTest(name[:20]):
+                with self.assertRaises(flowserver.Malformed):
+                    flowserver.safe_path(name)
+
+    def test_long_names_keep_their_suffix_and_whole_characters(self) -> None:
+        cases = {
+            "a" * 300 + ".pdf": "a" * 251 + ".pdf",
+            "日" * 100 + ".pdf": "日" * 83 + ".pdf",
+            "a" * 300 + ".tar.gz": "a" * 248 + ".tar.gz",
+            "a" * 300: "a" * 255,
+            "a." + "b" * 300: "a." + "b" * 253,
+            "." + "b" * 300: "." + "b" * 254,
+        }
+        for name, safe in cases.items():
+            with self.subTest(name[-8:]):
+                self.assertEqual(flowserver.safe_path(name), safe)
+
+    def test_numbers_stand_before_the_suffix(self) -> None:
+        cases = {
+            ("report.pdf", 1): "report (1).pdf",
+            ("report.tar.gz", 2): "report (2).tar.gz",
+            ("report", 3): "report (3)",
+            (".profile", 4): ".profile (4)",
+            ("a.b.c", 5): "a.b (5).c",
+            ("a" * 255, 10): "a" * 250 + " (10)",
+            ("日" * 85, 6): "日" * 83 + " (6)",
+        }
+        for (name, number), result in cases.items():
+            with self.subTest(name[:20]):
+                self.assertEqual(flowserver.numbered(name, number), result)
+
+    def test_no_name_at_all_gets_out(self) -> None:
+        """Whatever is accepted lies below the folder and is legal on Windows, too."""
+        chance, accepted = random.Random(3), 0
+        pieces = ["..", ".", "/", "\\", " ", "a", "CON", "nul", ":", "\0", "\u202e", "日",
+            "x.txt", ".flowserver", "~", "%2e", "COM1", "$", "\ufeff", "e\u0301", "." * 9]
+        for _ in range(3000):
+            name = "".join(chance.choice(pieces) for _ in range(chance.randrange(1, 9)))
+            with contextlib.suppress(flowserver.Malformed):
+                words = flowserver.safe_path(name).split("/")
+                accepted += 1
+                for word in words:
+                    self.assertNotIn(word, ("", ".", "..", ".flowserver"))
+                    self.assertIsNone(re.search(r'[\0-\x1f<>:"|?*\\]|[. ]\Z', word), name)
+                    self.assertNotIn(word.split(".")[0].upper(), ("CON", "NUL", "COM1"))
+        self.assertGreater(accepted, 1000)
+
+    def test_deceiving_text_is_escaped_in_messages(self) -> None:
+        cases = {"a": '"a"', "a\nb": r'"a\nb"', "\x1b[31m": r'"\x1b[31m"',
+            "\u202e": r'"\u202e"', "日": '"日"', "\ud800": r'"\ud800"'}
+        for text, shown in cases.items():
+            self.assertEqual(flowserver.printable(text), shown)
+
+
+# ---- store
+
+
+# ---- application ---------------------------------------------------------------------
+
+
+def lies_inside(where: Union[FlowServer, UploadApp], folder: str) -> None:
+    """Check that nothing was made in `folder` outside of the upload folder."""
+    upload_dir = os.path.relpath(folders_of(where)[0], folder).split(os.sep)[0]
+    made = set(os.listdir(folder)) - {upload_dir}
+    assert not made, f"{made} lies outside of the upload folder"
+
+
+class ArrivalTest(unittest.TestCase):
+    """What clients send arrives whole, in each of their modes."""
+
+    def test_file_arrives_in_every_mode(self) -> None:
+        data = noise(25)
+        for mode, method, prefix, forced in itertools.product(
+            ("multipart", "octet"), ("POST", "PUT", "PATCH"), ("flow", "resumable"),
+            (False, True),
+        ):
+            how = dict(mode=mode, method=method, prefix=prefix, forced=forced)
+            with self.subTest(**how), application() as app:
+                answers = send_file(app, "a.bin", data, chunk_size=10, **how)
+                self.assertEqual({answer.status for answer in answers}, {200})
+                self.assertEqual(answers[-1].json["status"], "complete")
+                self.assertEqual(finished_files(app), {"a.bin": data})
+                self.assertEqual(leftovers(app), {})
+
+    def test_sizes_round_the_chunk_size_arrive(self) -> None:
+        with application() as app:
+            for size, forced in itertools.product((0, 1, 9, 10, 11, 19, 20, 21), (0, 1)):
+                name, data = f"{size}-{forced}", noise(size, seed=forced)
+                answers = send_file(app, name, data, chunk_size=10, forced=forced)
+                with self.subTest(name):
+                    self.assertEqual({answer.status for answer in answers}, {200})
+                    self.assertEqual(finished_files(app)[name], data)
+
+    def test_parameters_come_in_address_and_form_at_once(self) -> None:
+        """As resumable.js sends them."""
+        with application() as app:
+            for number in (1, 2):
+                octet = browser("a", noise(25), number, 10, "octet", prefix="resumable")
+                form = browser("a", noise(25), number, 10, prefix="resumable")
+                answer = send(app, *form._replace(path=octet.path))
+                self.assertEqual(answer.status, 200)
+            self.assertEqual(finished_files(app), {"a": noise(25)})
+
+    def test_parameters_that_differ_between_address_and_form_are_refused(self) -> None:
+        octet = browser("a", noise(25), 1, 10, "octet", prefix="resumable")
+        form = browser("a", noise(25), 2, 10, prefix="resumable")
+        with application() as app:
+            answer = send(app, *form._replace(path=octet.path))
+            self.assertEqual(answer.status, 400)
+            self.assertIn('"resumableChunkNumber" has two values', answer.json["error"])
+            self.assertEqual(leftovers(app), {})
+
+    def test_fields_of_other_names_may_stand_before_and_after(self) -> None:
+        done: List[Any] = []
+        before = {"token": "1", "null": "null", "ä": "\r\nü"}
+        fields = {**before, **flow_parameters("a", b"x")}
+        late = 'Content-Disposition: form-data; name="late"'
+        body = multipart(fields, b"x")[: -len(BOUNDARY) - 6]
+        body += lines("--" + BOUNDARY, late, "", "2", f"--{BOUNDARY}--")
+        message = browser("a", b"x")._replace(body=body, path="/upload?asked=3")
+        with application(on_complete=done.append) as app:
+            self.assertEqual(send(app, *message).status, 200)
+        self.assertEqual(done[0].fields, {**before, "asked": "3", "late": "2"})
+
+    def test_folders_are_kept(self) -> None:
+        with application() as app:
+            for name in ("d/e/a.txt", "d/a.txt", "a.txt", "d/e.txt"):
+                send_file(app, name, name.encode())
+            self.assertEqual(
+                finished_files(app),
+                {n: n.encode() for n in ("d/e/a.txt", "d/a.txt", "a.txt", "d/e.txt")},
+            )
+
+    def test_names_that_flow_gives_one_identifier_both_arrive(self) -> None:
+        files = {"日本.txt": noise(25, 1), "中国.txt": noise(25, 2), "a/b": noise(25, 3),
+            "ab": noise(25, 4)}
+        with application() as app:
+            for number in (2, 1):
+                for name, data in files.items():
+                    message = browser(name, data, number, 10, Identifier="25-txt")
+                    self.assertEqual(send(app, *message).status, 200)
+            self.assertEqual(finished_files(app), files)
+
+    def test_chunk_size_may_change_on_the_way(self) -> None:
+        with application() as app:
+            send(app, *browser("a", noise(40), 1, 10))
+            answer = send(app, *browser("a", noise(40), 2, 20))
+            self.assertEqual(answer.json["received"], 30)
+            answer = send(app, *browser("a", noise(40), 1, 20))
+            self.assertEqual(answer.json["status"], "complete")
+            self.assertEqual(finished_files(app), {"a": noise(40)})
+
+    def test_prefix_of_the_settings_is_understood(self) -> None:
+        with application(parameter_prefix="up_") as app:
+            for prefix in ("up_resumable", "up_", "flow"):
+                answers = send_file(app, prefix, noise(25), chunk_size=10, prefix=prefix)
+                self.assertEqual([answer.status for answer in answers], [200, 200])
+
+    def test_prefix_cannot_smuggle_a_second_value(self) -> None:
+        fields = {**flow_parameters("a", b"x"), "upflowFilename": "b"}
+        message = browser("a", b"x")._replace(body=multipart(fields, b"x"))
+        with application(parameter_prefix="up") as app:
+            answer = send(app, *message)
+            self.assertIn(answer.status, (400, 415))
+            self.assertIn("has two values", answer.json["error"])
+            self.assertEqual(finished_files(app), {})
+
+    def test_answers_say_what_is_stored(self) -> None:
+        with application() as app:
+            first, last = send_file(app, "d/a.txt", noise(25), chunk_size=10)
+            again = send(app, *browser("d/a.txt", noise(25), 2, 10))
+        self.assertEqual(
+            first.json, {"success": True, "status": "partial", "received": 10, "size": 25}
+        )
+        complete = {"success": True, "status": "complete", "filename": "a.txt",
+            "path": "d/a.txt", "size": 25}
+        self.assertEqual((last.json, again.json), (complete, complete))
+        self.assertEqual(last.headers["content-type"], "application/json")
+
+    def test_taken_name_gets_a_number(self) -> None:
+        with application() as app:
+            for seed in (1, 2, 3):
+                send_file(app, "a.txt", noise(5, seed), client=f"10.0.0.{seed}")
+            self.assertEqual(sorted(finished_files(app).values()),
+                sorted(noise(5, seed) for seed in (1, 2, 3)))
+            self.assertEqual(sorted(finished_files(app)),
+                ["a (1).txt", "a (2).txt", "a.txt"])
+
+    def test_same_file_again_makes_no_second_copy(self) -> None:
+        with application(keep_receipts=0) as app:
+            for size in (5, 25):
+                for _ in range(3):
+                    answers = send_file(app, f"{size}", noise(size), chunk_size=10)
+                    app.sweep()
+                    self.assertEqual(answers[-1].json["path"], f"{size}")
+            self.assertEqual(sorted(finished_files(app)), ["25", "5"])
+
+    def test_taken_name_is_refused_before_the_bytes_travel(self) -> None:
+        with application(on_conflict="refuse") as app:
+            send_file(app, "a.txt", noise(25))
+            answer = send(app, *browser("a.txt", noise(26), 1, 10))
+            self.assertEqual(answer.status, 415)
+            self.assertIn('There is a file "a.txt" already', answer.json["error"])
+            self.assertEqual(leftovers(app), {})
+
+    def test_taken_name_is_replaced(self) -> None:
+        with application(on_conflict="replace") as app:
+            for size in (25, 26, 5, 6):
+                send_file(app, "a.txt", noise(size), chunk_size=10)
+                self.assertEqual(finished_files(app), {"a.txt": noise(size)})
+
+
+# Point 4 of the issue that began this: nothing of these is stored.
+WRONG_CHUNKS: Dict[str, Dict[str, Any]] = {
+    **{
+        f"{name} is {ascii(text)}": {name: text}
+        for name in ("ChunkNumber", "ChunkSize", "CurrentChunkSize", "TotalSize")
+        for text in ("+1", "1_0", "\u0663", "1e3", "-1", "1" * 30)
+    },
+    "one byte too few": dict(sent=noise(25)[:9]),
+    "one byte too many": dict(sent=noise(25)[:11]),
+    "no byte": dict(sent=b""),
+    "wrong length": dict(CurrentChunkSize=9),
+    "wrong total": dict(TotalSize=9),
+    "number 0": dict(ChunkNumber=0),
+    "number too large": dict(ChunkNumber=4),
+    "count too large": dict(TotalChunks=30),
+    "no identifier": dict(Identifier=None),
+    "empty identifier": dict(Identifier=""),
+    "no name": dict(Filename=None, RelativePath=None),
+    "name leads outside": dict(RelativePath="../a"),
+    "no number": dict(ChunkNumber=None),
+}
+
+
+class RefusalTest(unittest.TestCase):
+    """A refused chunk leaves nothing, and the right one afterwards is taken."""
+
+    def check_nothing_stored(self, app: UploadApp, wrong: Message) -> Answer:
+        """Send a wrong first chunk between the second and the right first one."""
+        self.assertIn(send(app, *wrong).status, range(400, 500))
+        self.assertEqual((leftovers(app), app.store.open_uploads), ({}, 0))
+        self.assertEqual(send(app, *browser("a", noise(25), 2, 10)).status, 200)
+        before = (leftovers(app), self.ranges(app))
+        answer = send(app, *wrong)
+        self.assertIn(answer.status, range(400, 500))
+        self.assertIs(answer.json["success"], False)
+        self.assertRegex(answer.json["error"], r"\A[^\n]+\.\Z")
+        self.assertEqual((leftovers(app), self.ranges(app)), before)
+        answers = send_file(app, "a", noise(25), chunk_size=10)
+        self.assertEqual({a.status for a in answers}, {200})
+        self.assertEqual(finished_files(app), {"a": noise(25)})
+        return answer
+
+    def ranges(self, app: UploadApp) -> Any:
+        message = browser("a", noise(25), mode="test", ChunkNumber=None)
+        return send(app, *message).json["ranges"]
+
+    def test_wrong_chunk_leaves_nothing_behind(self) -> None:
+        for mode, (name, how) in itertools.product(
+            ("multipart", "octet"), WRONG_CHUNKS.items()
+        ):
+            with self.subTest(name, mode=mode), application() as app:
+                wrong = browser("a", noise(25), 1, 10, mode, **how)
+                self.check_nothing_stored(app, wrong)
+
+    def test_size_that_disagrees_is_told_with_both_numbers(self) -> None:
+        for mode, sent in itertools.product(("multipart", "octet"), (9, 11)):
+            with self.subTest(mode, sent=sent), application() as app:
+                wrong = browser("a", noise(25), 1, 10, mode, sent=noise(sent))
+                words = self.check_nothing_stored(app, wrong).json["error"].split()
+                self.assertIn(str(sent), words)
+                self.assertTrue({"10", "10."} & set(words), words)
+
+    def test_body_that_is_much_too_long_is_refused_before_it_is_read(self) -> None:
+        with application() as app:
+            wrong = browser("a", noise(25), 1, 10, sent=noise(300 * KIB))
+            error = self.check_nothing_stored(app, wrong).json["error"]
+            self.assertIn(f"{len(wrong.body)} bytes, but its parameters say 10", error)
+
+    def test_body_that_is_cut_anywhere_is_refused(self) -> None:
+        for mode, number, other in itertools.product(
+            ("multipart", "octet"), (1, 2), (False, True)
+        ):
+            message = browser("a", noise(25), number, 10, mode)
+            for size in range(0, len(message.body), 1 + len(message.body) // 20):
+                with self.subTest(mode, number=number, other=other, size=size):
+                    self.check_cut(message, size, 3 - number if other else None)
+
+    def check_cut(self, message: Message, size: int, other: Optional[int]) -> None:
+        """Cut a chunk's body, when nothing or one `other` chunk is stored."""
+        with application() as app:
+            if other:
+                send(app, *browser("a", noise(25), other, 10))
+            before = (leftovers(app), self.ranges(app), app.store.open_uploads)
+            self.assertIn(self.send_cut(app, message, size), range(400, 500))
+            after = (leftovers(app), self.ranges(app), app.store.open_uploads)
+            self.assertEqual(after, before)
+            self.assertEqual(send(app, *message).status, 200)
+
+    def send_cut(self, app: UploadApp, message: Message, size: int) -> int:
+        path, _, query = message.path.partition("?")
+        kind = {"content-type": message.headers["Content-Type"]}
+        read = io.BytesIO(message.body[:size]).read
+        request = Request("POST", path, query, kind, len(message.body), read)
+        return app.handle(request).status
+
+    def test_forms_that_are_no_forms_are_refused(self) -> None:
+        good = browser("a", b"x")
+        early = flow_parameters("a", b"x", RelativePath=None)
+        cases = {
+            "no file": good._replace(body=multipart(flow_parameters("a", b"x"), None)),
+            "file is a text field": good._replace(
+                body=multipart({**flow_parameters("a", b"x"), "file": "eA=="}, None)
+            ),
+            "two files": good._replace(
+                body=good.body[: -len(BOUNDARY) - 6] + good.body
+            ),
+            "parameter after the file": good._replace(
+                body=multipart(early, b"x")[: -len(BOUNDARY) - 6]
+                + multipart({"flowRelativePath": "b"}, None)
+            ),
+            "field that is not UTF-8": good._replace(
+                body=multipart({"x": "?"}, None)[:-len(BOUNDARY) - 6].replace(
+                    b"?", b"\xff") + good.body
+            ),
+            "long fields": good._replace(body=multipart({"x": "." * 70000}, b"x")),
+            "no boundary": good._replace(headers={"Content-Type": "multipart/form-data"}),
+            "other multipart": good._replace(
+                headers={"Content-Type": "multipart/mixed; boundary=x"}
+            ),
+            "wrong boundary": good._replace(
+                headers={"Content-Type": "multipart/form-data; boundary=x"}
+            ),
+            "nothing known": Message("POST", "/upload?a=1", b"x"),
+            "not UTF-8": browser("a", b"x", mode="octet")._replace(
+                path="/upload?flowIdentifier=%ff"
+            ),
+            "too many parameters": Message("POST", "/upload?" + "a=1&" * 300, b"x"),
+        }
+        for name, message in cases.items():
+            with self.subTest(name), application() as app:
+                answer = send(app, *message)
+                self.assertIn(answer.status, (400, 415))
+                self.assertRegex(answer.json["error"], r"\A[^\n]+\.\Z")
+                self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+
+    def test_semicolon_separates_no_parameters(self) -> None:
+        """GHSA-6jv3-5f52-599m; and a plus is a blank, as Fine Uploader means it."""
+        done: List[Any] = []
+        message = browser("a", b"x", mode="octet")
+        more = "&a=1;b=2&c&d=%2B+%C3%A4&d=%2b+%c3%a4"
+        with application(on_complete=done.append) as app:
+            send(app, *message._replace(path=message.path + more))
+        self.assertEqual(done[0].fields, {"a": "1;b=2", "c": "", "d": "+ ä"})
+
+    def test_filename_of_the_part_reaches_no_disk(self) -> None:
+        """CVE-2026-24486; the name is a parameter, and that is made safe."""
+        message = browser("a", b"x")
+        with application() as app:
+            for number, name in enumerate((b"../../e", b"/e", b"C:\\e", b"%22", b"")):
+                body = message.body.replace(b'filename="blob"', b'filename="%s"' % name)
+                self.assertEqual(send(app, *message._replace(body=body)).status, 200)
+            self.assertEqual(finished_files(app), {"a": b"x"})
+
+    def test_names_on_disk_are_hashes_and_private(self) -> None:
+        with application() as app:
+            for identifier in ("../../x", "/etc/passwd", "a\0b", "x" * 5000, "ä/ö", ".", "~"):
+                message = browser("a", noise(25), 1, 10, Identifier=identifier)
+                self.assertEqual(send(app, *message).status, 200)
+            names = list(leftovers(app))
+            self.assertEqual(len(names), 7)
+            for name in names:
+                self.assertRegex(name, r"\A[0-9a-f]{40}-[0-9a-f]{16}\.data\Z")
+            if os.name == "posix":
+                self.assertEqual(os.stat(app.store.temp_dir).st_mode & 0o777, 0o700)
+
+    @unittest.skipUnless(os.name == "posix", "needs a umask")
+    def test_files_get_the_mode_that_the_umask_leaves(self) -> None:
+        for umask in (0o022, 0o077, 0o002):
+            self.addCleanup(os.umask, os.umask(umask))
+            with self.subTest(oct(umask)), application() as app:
+                for size in (5, 25):
+                    send_file(app, f"{size}", noise(size), chunk_size=10)
+                    path = os.path.join(app.store.upload_dir, f"{size}")
+                    self.assertEqual(os.stat(path).st_mode & 0o777, 0o666 & ~umask)
+
+    def test_hostile_names_stay_inside_or_are_refused(self) -> None:
+        names = ("../../x", "..\\..\\x", "/etc/x", "C:\\x", "C:x", "CON", "a\0b", "a" * 300,
+            "日" * 300, ".flowserver/v1/x.ledger", ".FLOWSERVER", "a/../../../x", "x/.",
+            "\u202etxt.exe", "~/x", "$HOME/x", "%2e%2e/x", "a:b", "..", "-x", "\ud7ff")
+        for name in names:
+            with self.subTest(ascii(name)), temporary_folder() as folder:
+                store = Store(os.path.join(folder, "up"))
+                with application(store=store) as app:
+                    answer = send(app, *browser(name, b"x", mode="octet"))
+                    self.assertIn(answer.status, (200, 415))
+                    files = finished_files(app)
+                    self.assertEqual(list(files.values()), [b"x"] * (answer.status == 200))
+                    for path in files:
+                        self.assertEqual(flowserver.safe_path(path), path)
+                    lies_inside(app, folder)
+
+    def test_temp_folder_of_any_name_takes_no_file(self) -> None:
+        with temporary_folder() as folder:
+            upload_dir, temp_dir = f"{folder}/up", f"{folder}/up/deep/state"
+            os.makedirs(os.path.dirname(temp_dir))
+            with application(upload_dir=upload_dir, temp_dir=temp_dir) as app:
+                for name in ("deep/state/v1/x.ledger", "deep/STATE/v1/x", "deep/state/x"):
+                    self.assertEqual(send(app, *browser(name, b"x")).status, 200)
+                made = {name for _, _, names in os.walk(temp_dir) for name in names}
+                self.assertEqual({n for n in made if n.startswith("x")}, set())
+                self.assertEqual(os.listdir(temp_dir), ["v1"])
+
+    def test_files_of_ours_do_not_lie_where_clients_put_theirs(self) -> None:
+        for name in ("users_file", "log_file", "certificate", "private_key", "sample_dir"):
+            with self.subTest(name), temporary_folder() as folder:
+                inside = os.path.join(folder, "up", "ours")
+                os.makedirs(inside)
+                settings = Settings(upload_dir=folder + "/up", **{name: inside})
+                with mock.patch.object(flowserver, "Users"):
+                    with self.assertRaisesRegex(flowserver.SettingsError, name):
+                        UploadApp(settings)
+        with self.assertRaisesRegex(flowserver.SettingsError, "flowserver.py"):
+            UploadApp(Settings(upload_dir=os.path.dirname(FILE)))
+
+    @unittest.skipUnless(hasattr(os, "symlink") and os.name == "posix", "needs POSIX")
+    def test_links_in_the_upload_folder_are_not_followed(self) -> None:
+        with temporary_folder() as folder, application() as app:
+            os.symlink(folder, os.path.join(app.store.upload_dir, "d"))
+            os.symlink(folder + "/x", os.path.join(app.store.upload_dir, "a"))
+            answer = send(app, *browser("d/x", b"x"))
+            self.assertEqual(answer.status, 415)
+            self.assertIn('"d" is not a folder', answer.json["error"])
+            self.assertEqual(send(app, *browser("a", b"x")).json["path"], "a (1)")
+            self.assertEqual(os.listdir(folder), [])
+
+
+class ProtocolTest(unittest.TestCase):
+    """Tests, status, cancelling: what is told to whom."""
+
+    def setUp(self) -> None:
+        context = application()
+        self.app = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+
+    def ask(self, number: Optional[int] = 1, method: str = "GET", **how: Any) -> Answer:
+        client = how.pop("client", "127.0.0.1")
+        message = browser(
+            "a", noise(25), 1, 10, "test", method, ChunkNumber=number, **how
+        )
+        return send(self.app, *message, client=client)
+
+    def give(self, number: int, **how: Any) -> Answer:
+        client = how.pop("client", "127.0.0.1")
+        return send(self.app, *browser("a", noise(25), number, 10, **how), client=client)
+
+    def test_absent_chunk_is_204_never_404(self) -> None:
+        for method in ("GET", "HEAD"):
+            answer = self.ask(method=method)
+            self.assertEqual((answer.status, answer.body), (204, b""))
+            self.assertEqual(answer.headers["cache-control"], "no-store")
+
+    def test_chunk_is_present_while_the_upload_is_unfinished(self) -> None:
+        self.give(1)
+        for method in ("GET", "HEAD"):
+            self.assertEqual(self.ask(method=method).status, 200)
+            self.assertEqual(self.ask(2, method, CurrentChunkSize=15).status, 204)
+        self.assertEqual(self.ask().json["status"], "partial")
+        self.give(2)
+        self.assertEqual((self.ask().status, self.ask(2, CurrentChunkSize=15).status),
+            (204, 204))
+
+    def test_part_of_a_chunk_is_not_the_chunk(self) -> None:
+        self.give(1)
+        bigger = dict(ChunkSize=20, CurrentChunkSize=25, TotalChunks=1)
+        self.assertEqual(self.ask(1, **bigger).status, 204)
+
+    def test_only_who_sent_it_is_told(self) -> None:
+        self.give(1)
+        self.assertEqual(self.ask(client="10.0.0.9").status, 204)
+        self.assertEqual(self.ask(None, client="10.0.0.9").json["status"], "unknown")
+        self.assertEqual(self.ask(None, client="10.0.0.9").json["ranges"], [])
+
+    def test_who_knows_a_secret_identifier_is_told_at_any_address(self) -> None:
+        secret = "flowserver-" + "0f" * 16 + "-1"
+        self.give(1, Identifier=secret)
+        answer = self.ask(client="10.0.0.9", Identifier=secret)
+        self.assertEqual(answer.status, 200)
+
+    def test_upload_is_continued_from_another_address(self) -> None:
+        self.give(1)
+        answer = self.give(2, client="10.0.0.9")
+        self.assertEqual(answer.json["status"], "complete")
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+
+    def test_without_parameters_nothing_is_there(self) -> None:
+        for path in ("/upload", "/upload?", "/upload?a=b"):
+            for method in ("GET", "HEAD"):
+                self.assertEqual(send(self.app, method, path).status, 204)
+
+    def test_test_that_makes_no_sense_is_refused(self) -> None:
+        self.assertEqual(self.ask("+1").status, 415)
+        self.assertEqual(self.ask(1, RelativePath="../a").status, 415)
+
+    def test_test_changes_nothing_on_disk(self) -> None:
+        before = sorted(os.walk(self.app.store.upload_dir))
+        for number in (1, None):
+            self.ask(number)
+        self.assertEqual(sorted(os.walk(self.app.store.upload_dir)), before)
+
+    def test_status_tells_all_ranges_in_one_question(self) -> None:
+        self.assertEqual(self.ask(None).json["status"], "unknown")
+        self.give(2)
+        answer = self.ask(None).json
+        self.assertEqual((answer["status"], answer["ranges"]), ("partial", [[10, 25]]))
+        self.give(1)
+        answer = self.ask(None).json
+        self.assertEqual((answer["status"], answer["ranges"]), ("complete", [[0, 25]]))
+        self.assertEqual((answer["path"], answer["size"]), ("a", 25))
+
+    def test_restart_forgets_nothing(self) -> None:
+        self.give(1)
+        self.app.close()
+        self.app = UploadApp(self.app.settings)
+        self.addCleanup(self.app.close)
+        self.assertEqual((self.ask().status, self.ask(2).status), (200, 204))
+        self.assertEqual(self.give(2).json["status"], "complete")
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+
+    def test_cancelled_upload_leaves_nothing(self) -> None:
+        self.give(1)
+        self.assertEqual(self.app.store.open_uploads, 1)
+        self.assertEqual(self.ask(None, "DELETE").status, 204)
+        self.assertEqual((leftovers(self.app), self.app.store.open_uploads), ({}, 0))
+        self.assertEqual(self.ask().status, 204)
+        self.assertEqual(send_file(self.app, "a", noise(25))[-1].status, 200)
+
+    def test_strangers_cancel_nothing(self) -> None:
+        self.give(1)
+        self.assertEqual(self.ask(None, "DELETE", client="10.0.0.9").status, 204)
+        self.assertEqual(self.ask().status, 200)
+
+    def test_finished_file_can_not_be_cancelled(self) -> None:
+        self.give(1), self.give(2)
+        self.assertEqual(self.ask(None, "DELETE").status, 204)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+
+    def test_cancelling_nothing_in_particular_is_refused(self) -> None:
+        self.assertEqual(send(self.app, "DELETE", "/upload").status, 400)
+
+    def test_two_versions_under_one_identifier_are_not_mixed(self) -> None:
+        self.give(1)
+        other = send(self.app, *browser("a", noise(25, 2), 1, 10), client="10.0.0.9")
+        self.assertEqual(other.status, 415)
+        self.assertIn("two versions", other.json["error"])
+        self.give(2)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+
+    def test_changed_file_begins_afresh_on_the_next_try(self) -> None:
+        self.give(1)
+        changed = [browser("a", noise(25, 2), number, 10) for number in (1, 2)]
+        self.assertEqual(send(self.app, *changed[0]).status, 415)
+        self.assertEqual([send(self.app, *c).status for c in changed], [200, 200])
+        self.assertEqual(finished_files(self.app), {"a": noise(25, 2)})
+
+    def test_each_method_has_its_place(self) -> None:
+        cases = {("POST", "/"): 405, ("DELETE", "/health"): 405, ("TRACE", "/upload"): 405,
+            ("GET", "/nowhere"): 404, ("GET", "/upload/"): 404, ("GET", "/sample"): 404,
+            ("OPTIONS", "/upload"): 204, ("HEAD", "/health"): 200, ("GET", "/"): 200,
+            ("GET", browser("a", b"x", mode="test", path="/").path): 404}
+        for (method, path), status in cases.items():
+            with self.subTest(method, path=path):
+                answer = send(self.app, method, path)
+                self.assertEqual(answer.status, status)
+                self.assertEqual("allow" in answer.headers, status == 405 or
+                    method == "OPTIONS")
+
+
+class LimitTest(unittest.TestCase):
+    """What is too much is refused for good, and says which limit it was."""
+
+    def check_refused(self, message: Message, word: str, **settings: Any) -> None:
+        with application(**settings) as app:
+            answer = send(app, *message)
+            self.assertEqual(answer.status, 413)
+            self.assertIn(word, answer.json["error"])
+            self.assertIs(answer.json["preventRetry"], True)
+            self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+
+    def test_chunk_that_is_too_large(self) -> None:
+        for mode in ("multipart", "octet"):
+            message = browser("a", noise(25), 1, 10, mode)
+            self.check_refused(message, "max_chunk_size", max_chunk_size=9)
+            with application(max_chunk_size=10) as app:
+                self.assertEqual(send(app, *message).status, 200)
+
+    def test_chunk_that_is_much_too_large_is_refused_by_its_head(self) -> None:
+        read = mock.Mock()
+        with application(max_chunk_size=MIB) as app:
+            response = app.handle(Request("POST", "/upload", "", {}, 3 * MIB, read))
+        self.assertEqual(response.status, 413)
+        read.assert_not_called()
+
+    def test_file_that_is_too_large(self) -> None:
+        message = browser("a", noise(25), 1, 10)
+        self.check_refused(message, "max_file_size", max_file_size=24)
+        with application(max_file_size=25) as app:
+            self.assertEqual(send(app, *message).status, 200)
+
+    def test_too_many_uploads(self) -> None:
+        with application(max_uploads=2) as app:
+            for name in ("a", "b"):
+                self.assertEqual(send(app, *browser(name, noise(25), 1, 10)).status, 200)
+            refused = send(app, *browser("c", noise(25), 1, 10))
+            self.assertEqual(refused.status, 413)
+            self.assertIn("max_uploads", refused.json["error"])
+            for name in ("a", "b"):  # those that are begun go on
+                self.assertEqual(send(app, *browser(name, noise(25), 2, 10)).status, 200)
+            self.assertEqual(send(app, *browser("c", noise(25), 1, 10)).status, 200)
+
+    def test_uploads_of_other_processes_are_counted_too(self) -> None:
+        now = [0.0]
+        with application(max_uploads=2) as other:
+            settings = other.settings
+            app = UploadApp(settings, clock=lambda: now[0])
+            self.addCleanup(app.close)
+            for name in ("a", "b"):
+                send(other, *browser(name, noise(25), 1, 10))
+            now[0] += 11
+            app.tidy()
+            refused = send(app, *browser("c", noise(25), 1, 10))
+            self.assertEqual(refused.status, 413)
+
+    def test_too_little_space(self) -> None:
+        now = [0.0]
+        with application(min_free_space="1K", clock=lambda: now[0]) as app:
+            with mock.patch.object(app.store.disk, "free_space", return_value=1048):
+                self.assertEqual(send(app, *browser("a", noise(24), 1, 10)).status, 200)
+                refused = send(app, *browser("b", noise(25), 1, 10))
+                self.assertEqual(refused.status, 413)
+                self.assertIn("no room for 25 bytes", refused.json["error"])
+                app.store.disk.free_space.return_value = 0
+                now[0] += 11
+                self.assertEqual(send(app, *browser("a", noise(24), 2, 10)).status, 200)
+                self.assertEqual(send(app, *browser("c", b"x")).status, 413)
+
+
+class TroubleTest(unittest.TestCase):
+    """Passing trouble of this machine is 503, a sentence, and never a wrong file."""
+
+    def test_vanished_upload_folder_is_503_and_not_made_again(self) -> None:
+        with application() as app:
+            send(app, *browser("b", noise(25), 1, 10))
+            app.close()
+            shutil.rmtree(app.store.upload_dir)
+            for message in (browser("a", b"x"), browser("b", noise(25), 2, 10),
+                    browser("a", noise(25), 1, 10, "test"), browser("c", noise(25), 1, 10)):
+                answer = send(app, *message)
+                self.assertEqual(answer.status, 503)
+                self.assertIn("upload folder is gone", answer.json["error"])
+                self.assertIn("retry-after", answer.headers)
+            self.assertFalse(os.path.exists(app.store.upload_dir))
+
+    def test_full_disk_is_503_and_what_is_stored_stays(self) -> None:
+        with application() as app:
+            send(app, *browser("a", noise(25), 1, 10))
+            full = OSError(errno.ENOSPC, "No space left on device")
+            with mock.patch.object(app.store.disk, "write", side_effect=full):
+                answer = send(app, *browser("a", noise(25), 2, 10))
+            self.assertEqual(answer.status, 503)
+            self.assertIn("The disk is full", answer.json["error"])
+            self.assertEqual(send(app, *browser("a", noise(25), 2, 10)).status, 200)
+            self.assertEqual(finished_files(app), {"a": noise(25)})
+
+    def test_tidying_that_fails_is_a_warning(self) -> None:
+        now = [0.0]
+        with application(clock=lambda: now[0]) as app:
+            app.close()
+            shutil.rmtree(app.store.upload_dir)
+            for seconds in (11, 400):
+                now[0] += seconds
+                with self.assertLogs("flowserver", "WARNING") as logs:
+                    app.tidy()
+                self.assertIn("can't clean up", logs.output[0])
+
+    def test_file_system_without_links_is_a_warning(self) -> None:
+        refused = OSError(errno.EPERM, "Operation not permitted")
+        with mock.patch.object(flowserver.Disk, "publish", side_effect=refused):
+            with self.assertLogs("flowserver", "WARNING") as logs, application() as app:
+                self.assertFalse(app.store.disk.links or os.name == "nt")
+        self.assertIn("no hard links", logs.output[0])
+
+    def test_mistake_of_ours_is_logged_and_is_not_500(self) -> None:
+        with application() as app, self.assertLogs("flowserver", "ERROR") as logs:
+            with mock.patch.object(app.store, "receive", side_effect=ZeroDivisionError):
+                answer = send(app, *browser("a", b"x"))
+        self.assertEqual(answer.status, 503)
+        self.assertNotIn("ZeroDivision", answer.json["error"])
+        self.assertIn("ZeroDivisionError", logs.output[0])
+
+
+class EmbeddingTest(unittest.TestCase):
+    """The functions that a program may give."""
+
+    def test_completion_is_told_once_and_before_the_answer(self) -> None:
+        done: List[Any] = []
+        with application(on_complete=done.append) as app:
+            for name, size in (("d/a", 25), ("b", 5)):
+                done.clear()
+                answers = send_file(app, name, noise(size), chunk_size=10, query="1")
+                send(app, *browser(name, noise(size), len(answers), 10))
+                (arrived,) = done
+                self.assertEqual(arrived.relative_path, name)
+                self.assertEqual(arrived.filename, name[-1])
+                self.assertEqual((arrived.size, arrived.owner), (size, ""))
+                self.assertEqual(arrived.fields, {"flowquery": "1"})
+                with open(arrived.path, "rb") as file:
+                    self.assertEqual(file.read(), noise(size))
+
+    def test_mistake_in_on_complete_leaves_the_file(self) -> None:
+        mistake = mock.Mock(side_effect=RuntimeError("boom"))
+        with application(on_complete=mistake) as app:
+            with self.assertLogs("flowserver", "ERROR") as logs:
+                answers = send_file(app, "a", noise(25), chunk_size=10)
+            self.assertEqual(answers[-1].json["status"], "complete")
+            self.assertEqual(finished_files(app), {"a": noise(25)})
+        self.assertIn('on_complete failed for "a"', logs.output[0])
+        mistake.assert_called_once()
+
+    def test_authorize_refuses_with_its_sentence(self) -> None:
+        def authorize(request: Request) -> Optional[str]:
+            return None if request.headers.get("x-key") == "k" else "Bring a key."
+
+        with application(authorize=authorize) as app:
+            for message in (Message("GET", "/"), browser("a", b"x"), Message("GET", "/health"),
+                    browser("a", b"x", mode="test"), browser("a", b"x", mode="octet"),
+                    browser("a", b"x", mode="test", method="DELETE")):
+                answer = send(app, *message)
+                self.assertIn(answer.status, (403, 415))
+                self.assertEqual(answer.json["error"], "Bring a key.")
+            keyed = {**browser("a", b"x").headers, "X-Key": "k"}
+            self.assertEqual(
+                send(app, *browser("a", b"x")._replace(headers=keyed)).status, 200
+            )
+
+    def test_owners_do_not_meet(self) -> None:
+        def owner(request: Request) -> str:
+            return request.headers["x-user"]
+
+        with application(owner=owner) as app:
+            def give(user: str, seed: int, *rest: Any) -> Answer:
+                message = browser("a", noise(25, seed), *rest)
+                headers = {**message.headers, "X-User": user}
+                return send(app, *message._replace(headers=headers), client=user)
+
+            give("anna", 1, 1, 10)
+            self.assertEqual(give("bert", 2, 1, 10).status, 200)
+            self.assertEqual(give("anna", 1, 1, 10, "test").status, 200)
+            self.assertEqual(give("carl", 1, 1, 10, "test").status, 204)
+            self.assertEqual(give("carl", 1, 1, 10, "test", "DELETE").status, 204)
+            give("anna", 1, 2, 10), give("bert", 2, 2, 10)
+            self.assertEqual(
+                finished_files(app), {"a": noise(25, 1), "a (1)": noise(25, 2)}
+            )
+
+    def test_place_says_where_and_is_held_to_the_rules(self) -> None:
+        def place(incoming: Any) -> str:
+            return f"{incoming.fields['flowfolder']}/{incoming.filename}"
+
+        with application(place=place) as app:
+            answers = send_file(app, "d/a", noise(25), chunk_size=10, folder="x/y")
+            self.assertEqual(answers[-1].json["path"], "x/y/a")
+            self.assertEqual(send(app, *browser("a", b"x", folder="../x")).status, 415)
+            self.assertEqual(list(finished_files(app)), ["x/y/a"])
+
+    def test_create_app_reads_the_conf_ini_of_the_environment(self) -> None:
+        with temporary_folder() as folder:
+            path = conf_file(folder, "[storage]\nupload_dir = in\n[client]\nchunk_size=2M\n")
+            with mock.patch.dict(os.environ, {"FLOWSERVER_CONFIG": path}):
+                app = flowserver.create_app()
+            app.close()
+            self.assertEqual(app.store.upload_dir, os.path.join(folder, "in"))
+            self.assertEqual(app.settings.chunk_size, 2 * MIB)
+
+
+class PasswordTest(unittest.TestCase):
+    """What stands in users_file."""
+
+    def test_password_is_kept_as_a_salted_slow_hash(self) -> None:
+        one, two = flowserver.hash_password("x"), flowserver.hash_password("x")
+        self.assertNotEqual(one, two)
+        kind, rounds, salt, digest = one.split("$")
+        self.assertEqual(kind, "pbkdf2_sha256")
+        self.assertGreaterEqual(int(rounds), 100_000)
+        known = hashlib.pbkdf2_hmac("sha256", b"x", salt.encode(), int(rounds)).hex()
+        self.assertEqual(digest, known)
+
+
+class LoginTest(unittest.TestCase):
+    """users_file: who may come in, and what they are told."""
+
+    def setUp(self) -> None:
+        context = temporary_folder()
+        self.folder = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        self.path = os.path.join(self.folder, "users")
+        quick = mock.patch.object(flowserver.hash_password, "__defaults__", ("", 2))
+        self.addCleanup(quick.__exit__, None, None, None)
+        quick.__enter__()
+        self.write(anna="secret:with colon", **{"bär": "pässwörd"})
+        self.app = UploadApp(
+            Settings(upload_dir=os.path.join(self.folder, "up"), users_file=self.path,
+                min_free_space=0)
+        )
+        self.addCleanup(self.app.close)
+
+    def write(self, **users: str) -> None:
+        hashes = {n: flowserver.hash_password(p) for n, p in users.items()}
+        with open(self.path, "w", encoding="utf-8") as file:
+            file.write("".join(f"{name}:{text}\n" for name, text in hashes.items()))
+
+    def login(self, name: str, password: str, message: Message = Message("GET", "/")
+            ) -> Answer:
+        words = base64.b64encode(f"{name}:{password}".encode()).decode()
+        headers = {**message.headers, "Authorization": "Basic " + words}
+        return send(self.app, *message._replace(headers=headers))
+
+    def test_right_password_comes_in(self) -> None:
+        for _ in range(2):
+            self.assertEqual(self.login("anna", "secret:with colon").status, 200)
+            self.assertEqual(self.login("bär", "pässwörd").status, 200)
+
+    def test_wrong_name_and_wrong_password_hear_the_same(self) -> None:
+        answers = [self.login("anna", "wrong"), self.login("nobody", "wrong"),
+            self.login("nobody", ""), self.login("", ""), send(self.app, "GET", "/")]
+        self.assertEqual({(a.status, a.body) for a in answers},
+            {(401, answers[0].body)})
+        self.assertTrue(answers[0].headers["www-authenticate"].startswith("Basic realm="))
+
+    def test_header_that_is_no_login_is_refused(self) -> None:
+        for header in ("Basic", "Basic ", "Basic ???", "Basic /w==", "Bearer abc", "basic \xff",
+                "Basic " + base64.b64encode(b"anna").decode()):
+            with self.subTest(header):
+                answer = send(self.app, "GET", "/", headers={"Authorization": header})
+                self.assertEqual(answer.status, 401)
+
+    def test_everything_needs_the_login_but_a_preflight(self) -> None:
+        for message in (Message("GET", "/health"), browser("a", b"x"), Message("GET", "/upload"),
+                browser("a", b"x", mode="test"), Message("GET", "/sample/"),
+                browser("a", b"x", mode="test", method="DELETE"), Message("HEAD", "/")):
+            self.assertEqual(send(self.app, *message).status, 401)
+        self.assertEqual(send(self.app, "OPTIONS", "/upload").status, 204)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_uploads_belong_to_users_not_to_addresses(self) -> None:
+        first = browser("a", noise(25), 1, 10)
+        self.login("anna", "secret:with colon", first)
+        test = browser("a", noise(25), 1, 10, "test")
+        self.assertEqual(self.login("anna", "secret:with colon", test).status, 200)
+        self.assertEqual(self.login("bär", "pässwörd", test).status, 204)
+
+    def test_file_is_read_again_when_it_changes(self) -> None:
+        self.login("anna", "secret:with colon")
+        self.write(anna="another one")
+        self.assertEqual(self.login("anna", "secret:with colon").status, 401)
+        self.assertEqual(self.login("anna", "another one").status, 200)
+
+    def test_password_is_hashed_once_and_not_for_everybody(self) -> None:
+        slow = mock.Mock(side_effect=flowserver.hash_password)
+        barrier = threading.Barrier(4)
+
+        def work() -> None:
+            barrier.wait()
+            statuses.append(self.login("anna", "secret:with colon").status)
+
+        statuses: List[int] = []
+        with mock.patch.object(flowserver, "hash_password", slow):
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual((statuses, slow.call_count), ([200] * 4, 1))
+            send(self.app, "GET", "/")  # no password, no work
+            self.assertEqual(slow.call_count, 1)
+
+    def test_changed_file_does_not_let_the_old_password_in_again(self) -> None:
+        def change(*arguments: Any) -> str:
+            with open(self.path, "w") as file:
+                file.write("anna:" + other)
+            return hash_password(*arguments)
+
+        hash_password, other = flowserver.hash_password, flowserver.hash_password("new")
+        with mock.patch.object(flowserver, "hash_password", change):
+            self.assertEqual(self.login("anna", "secret:with colon").status, 200)
+        self.assertEqual(self.login("anna", "secret:with colon").status, 401)
+        self.assertEqual(self.login("anna", "new").status, 200)
+
+    def test_file_that_can_not_be_read_lets_nobody_in(self) -> None:
+        with open(self.path, "w") as file:
+            file.write("anna:plain\n")
+        self.assertEqual(self.login("anna", "plain").status, 503)
+        os.unlink(self.path)
+        self.assertEqual(self.login("anna", "plain").status, 503)
+
+class OriginTest(unittest.TestCase):
+    """Hosts, origins and proxies: who may ask for what."""
+
+    def post(self, app: UploadApp, **headers: str) -> Answer:
+        message = browser("a", b"x")
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        return send(app, *message._replace(headers={**message.headers, **given}))
+
+    def test_foreign_pages_may_not_upload(self) -> None:
+        with application() as app:
+            for origin in ("http://evil.example", "null", "http://a.example:81",
+                    "https://a.example", "http://a.example.evil"):
+                with self.subTest(origin):
+                    answer = self.post(app, Origin=origin, Host="a.example")
+                    self.assertIn(answer.status, (403, 415))
+                    self.assertIn("allow_origins", answer.json["error"])
+                    self.assertNotIn("access-control-allow-origin", answer.headers)
+            self.assertEqual(finished_files(app), {})
+
+    def test_foreign_pages_may_not_cancel(self) -> None:
+        with application() as app:
+            send(app, *browser("a", noise(25), 1, 10))
+            message = browser("a", noise(25), 1, 10, "test", "DELETE")
+            send(app, *message._replace(headers={"Origin": "http://evil.example"}))
+            self.assertEqual(app.store.open_uploads, 1)
+
+    def test_own_pages_and_programs_may_upload(self) -> None:
+        with application() as app:
+            for headers in ({"Origin": "http://a.example", "Host": "a.example"}, {},
+                    {"Origin": "http://a.example:81", "Host": "A.example:81"}):
+                self.assertEqual(self.post(app, **headers).status, 200)
+
+    def test_allowed_origins_may_upload_and_read_the_answer(self) -> None:
+        origin = "https://page.example"
+        with application(allow_origins=[origin]) as app:
+            answer = self.post(app, Origin=origin, Host="a.example")
+            self.assertEqual(answer.status, 200)
+            self.assertEqual(answer.headers["access-control-allow-origin"], origin)
+            self.assertEqual(answer.headers["vary"], "Origin")
+            refused = self.post(app, Origin="https://page.example.evil")
+            self.assertIn(refused.status, (403, 415))
+            self.assertNotIn("access-control-allow-origin", refused.headers)
+            self.assertEqual(refused.headers["vary"], "Origin")
+
+    def test_refusals_can_be_read_by_allowed_pages(self) -> None:
+        origin = "https://page.example"
+        with application(allow_origins=[origin], max_file_size=1) as app:
+            message = browser("a", b"xy")
+            headers = {**message.headers, "Origin": origin}
+            answer = send(app, *message._replace(headers=headers))
+        self.assertEqual(answer.status, 413)
+        self.assertEqual(answer.headers["access-control-allow-origin"], origin)
+
+    def test_any_origin_never_with_credentials(self) -> None:
+        with application(allow_origins="*") as app:
+            for header in ("Authorization", "Cookie"):
+                headers = {"Origin": "https://page.example", header: "x"}
+                self.assertIn(self.post(app, **headers).status, (403, 415))
+            self.assertEqual(finished_files(app), {})
+            answer = self.post(app, Origin="https://page.example")
+            self.assertEqual(answer.status, 200)
+            self.assertEqual(answer.headers["access-control-allow-origin"], "*")
+            self.assertNotIn("access-control-allow-credentials", answer.headers)
+
+    def test_preflight_allows_what_clients_send(self) -> None:
+        asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "x-own, content-type"}
+        with application(allow_origins="https://page.example") as app:
+            answer = send(app, "OPTIONS", "/upload", headers=asked)
+            self.assertEqual((answer.status, answer.body), (204, b""))
+            for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
+                self.assertIn(method, answer.headers["access-control-allow-methods"])
+            allowed = answer.headers["access-control-allow-headers"].split(", ")
+            for header in ("content-type", "x-own", "cache-control", "x-requested-with"):
+                self.assertIn(header, allowed)
+            asked["Access-Control-Request-Headers"] = "a\r\nb: c"
+            again = send(app, "OPTIONS", "/upload", headers=asked)
+            self.assertNotIn("\n", again.headers["access-control-allow-headers"])
+
+    def test_unknown_hosts_are_refused(self) -> None:
+        with application(allow_hosts=["files.example", "b.example"]) as app:
+            cases = {"files.example": 200, "FILES.example:8000": 200, "b.example": 200,
+                "evil.example": 403, "": 403, "127.0.0.1": 403, "files.example.evil": 403}
+            for host, status in cases.items():
+                with self.subTest(host):
+                    answer = send(app, "GET", "/health", headers={"Host": host})
+                    self.assertEqual(answer.status, status)
+
+    def test_on_a_loopback_address_only_loopback_names_are_known(self) -> None:
+        """DNS rebinding: a foreign name that suddenly means 127.0.0.1."""
+        cases = {"localhost:8000": 200, "127.0.0.1": 200, "[::1]:8000": 200, "": 200,
+            "a.localhost": 200, "127.1.2.3:1": 200, "evil.example": 403, "10.0.0.1": 403,
+            "127.0.0.1.evil.example": 403, "[::2]": 403, "localhost.evil.example": 403}
+        with application() as app:
+            for host, status in cases.items():
+                with self.subTest(host):
+                    request = Request("GET", "/health", headers={"host": host},
+                        is_loopback=True)
+                    self.assertEqual(app.handle(request).status, status)
+
+    def test_proxies_are_believed_only_when_they_are_trusted(self) -> None:
+        forwarded = {"X-Forwarded-For": "6.6.6.6, 1.2.3.4, 10.0.0.2",
+            "X-Forwarded-Proto": "https"}
+        cases = {"10.0.0.1": ("1.2.3.4", "https"), "9.9.9.9": ("9.9.9.9", "http"),
+            "::ffff:10.0.0.1": ("1.2.3.4", "https"), "": ("1.2.3.4", "https"),
+            "nonsense": ("nonsense", "http")}
+        for client, expected in cases.items():
+            with self.subTest(client):
+                self.assertEqual(self.seen(forwarded, client), expected)
+
+    def test_what_proxies_say_of_addresses_is_read_from_the_end(self) -> None:
+        cases = {"1.2.3.4": "1.2.3.4", "1.2.3.4:5678": "1.2.3.4", "[::5]:80": "::5",
+            "::5": "::5", "10.0.0.2": "10.0.0.2", "": "10.0.0.1", "unknown": "10.0.0.1",
+            "5.5.5.5, unknown, 10.0.0.2": "10.0.0.2", "5.5.5.5 GET /x 200": "10.0.0.1"}
+        for text, client in cases.items():
+            with self.subTest(text):
+                self.assertEqual(self.seen({"X-Forwarded-For": text}, "10.0.0.1")[0], client)
+
+    def test_proxy_that_is_not_trusted_is_told_once(self) -> None:
+        headers = {"X-Forwarded-For": "1.2.3.4"}
+        with application() as app, self.assertLogs("flowserver", "WARNING") as logs:
+            for _ in range(3):
+                send(app, "GET", "/health", headers=headers)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("trusted_proxies", logs.output[0])
+
+    def test_scheme_is_what_the_first_proxy_saw(self) -> None:
+        for text, scheme in (("https", "https"), ("https, http", "https"), ("ftp", "http"),
+                ("HTTP", "http")):
+            headers = {"X-Forwarded-Proto": text}
+            self.assertEqual(self.seen(headers, "10.0.0.1")[1], scheme)
+
+    def seen(self, headers: Mapping[str, str], client: str) -> Tuple[str, str]:
+        """Return which client and scheme the application takes a request to have."""
+        found = []
+
+        def authorize(request: Request) -> None:
+            found.append((request.client, request.scheme))
+
+        with application(trusted_proxies="10.0.0.0/8", authorize=authorize) as app:
+            send(app, "GET", "/health", headers=headers, client=client)
+        return found[0]
+
+    def test_origin_is_compared_with_what_the_proxy_saw(self) -> None:
+        headers = {"X-Forwarded-For": "1.2.3.4", "X-Forwarded-Host": "files.example",
+            "X-Forwarded-Proto": "https", "Host": "backend:8000"}
+        with application(trusted_proxies="127.0.0.1") as app:
+            message = browser("a", b"x")
+            for origin, status in (("https://files.example", {200}),
+                    ("http://files.example", {403, 415}), ("http://backend:8000", {403, 415})):
+                given = {**message.headers, **headers, "Origin": origin}
+                answer = send(app, *message._replace(headers=given))
+                self.assertIn(answer.status, status)
+
+
+class PageTest(unittest.TestCase):
+    """The built-in page, the samples and /health."""
+
+    def test_page_runs_nothing_that_its_policy_does_not_name(self) -> None:
+        with application() as app:
+            first, second = send(app, "GET", "/"), send(app, "GET", "/")
+        nonces = set(re.findall("'nonce-([^']+)'", first.headers["content-security-policy"]))
+        (nonce,) = nonces
+        text = first.body.decode()
+        self.assertEqual(first.headers["content-type"], "text/html; charset=utf-8")
+        self.assertNotIn(nonce, second.body.decode())
+        for tag in re.findall("<(?:script|style)[^>]*>", text):
+            self.assertIn(f'nonce="{nonce}"', tag)
+        self.assertTrue(first.headers["content-security-policy"].startswith(
+            "default-src 'none';"))
+        self.assertEqual(first.headers["x-content-type-options"], "nosniff")
+
+    def test_page_needs_no_other_file_and_no_other_host(self) -> None:
+        text = re.sub("http://www.w3.org/2000/svg", "", flowserver.PAGE)
+        self.assertNotRegex(text, r"https?://|//[a-z]+\.[a-z]|@import|<script[^>]* src")
+        self.assertNotRegex(text, r"(?i)<[^>]* on[a-z]+=|javascript:|<[^>]* style=")
+        self.assertNotRegex(text, r"innerHTML|outerHTML|insertAdjacentHTML|\beval\(")
+
+    def test_settings_can_not_leave_their_script(self) -> None:
+        text = flowserver.page({"x": "</script><script>alert(1)</script>"}, "N")
+        self.assertNotIn("</script><script>alert", text)
+        self.assertIn("\\u003c/script>", text)
+        self.assertNotIn("__", re.sub("__proto__", "", text.split("<style")[0]))
+
+    def test_page_is_told_where_and_how_to_send(self) -> None:
+        with application(upload_path="/in", chunk_size="4M") as app:
+            text = send(app, "GET", "/").body.decode()
+        settings = json.loads(re.search(r'(?s)id="settings"[^>]*>(.*?)</', text)[1])
+        self.assertEqual((settings["uploadPath"], settings["chunkSize"]), ("in", 4 * MIB))
+
+    def test_health_tells_version_space_and_uploads(self) -> None:
+        with application() as app:
+            send(app, *browser("a", noise(25), 1, 10))
+            health = send(app, "GET", "/health").json
+        self.assertEqual((health["ok"], health["version"], health["uploads"]),
+            (True, flowserver.__version__, 1))
+        self.assertGreater(health["free"], 0)
+
+    def test_samples_are_served_by_known_suffixes_only(self) -> None:
+        with temporary_folder() as folder:
+            for name in ("a.html", "b.js", "upload.py", ".hidden.html", "c.exe", "<b>.html"):
+                with contextlib.suppress(OSError):  # Windows refuses the last one
+                    with open(os.path.join(folder, name), "w") as file:
+                        file.write(name)
+            os.mkdir(os.path.join(folder, "d.html"))
+            with application(sample_dir=folder) as app:
+                page = send(app, "GET", "/sample/a.html")
+                self.assertEqual((page.status, page.body), (200, b"a.html"))
+                self.assertEqual(page.headers["x-content-type-options"], "nosniff")
+                script = send(app, "GET", "/sample/b.js")
+                self.assertTrue(script.headers["content-type"].startswith("text/javascript"))
+                for path in ("upload.py", ".hidden.html", "c.exe", "missing.html", "d.html",
+                        "../a.html", "x/../a.html", "//a.html", "node_modules/", "./a.html",
+                        "..\\a.html", "a.html/", "a.html\0.js"):
+                    with self.subTest(path):
+                        self.assertEqual(send(app, "GET", "/sample/" + path).status, 404)
+                listing = send(app, "GET", "/sample/")
+                self.assertIn(b'"a.html"', listing.body)
+                self.assertNotIn(b"<b>", listing.body)
+
+    @unittest.skipUnless(os.name == "posix", "needs POSIX")
+    def test_samples_follow_no_links(self) -> None:
+        with temporary_folder() as folder, application(sample_dir=folder) as app:
+            os.symlink(os.path.join(HOME, "README.md"), os.path.join(folder, "a.md"))
+            self.assertEqual(send(app, "GET", "/sample/a.md").status, 404)
+
+    def test_samples_can_be_turned_off_or_missing(self) -> None:
+        for sample_dir in ("", "/no/such/folder"):
+            with application(sample_dir=sample_dir) as app:
+                self.assertEqual(send(app, "GET", "/sample/").status, 404)
+
+
+class LogTest(unittest.TestCase):
+    """One line for each request and each finished file, that nobody can forge."""
+
+    def test_request_and_finished_file_have_a_line_each(self) -> None:
+        with application() as app, self.assertLogs("flowserver", "INFO") as logs:
+            send_file(app, "d/a.txt", noise(25), chunk_size=10)
+        texts = [record.getMessage() for record in logs.records]
+        self.assertRegex(texts[0], r"^127\.0\.0\.1 POST /upload 200 [0-9]+ bytes [0-9.]+ s$")
+        self.assertRegex(texts[1], r'^127\.0\.0\.1 finished "d/a\.txt", 25 bytes in '
+            r"[0-9.]+ s, [0-9.]+ MiB/s$")
+        self.assertEqual(len(texts), 3)
+
+    def test_text_of_clients_is_escaped(self) -> None:
+        with application() as app, self.assertLogs("flowserver", "INFO") as logs:
+            send(app, *browser("a\u202eb", b"x"))
+            send(app, "GET", "/x\r\n\x1b[31m\u202e")
+            send(app, *browser("../\r\nforged", b"x"))
+            send(app, "X\nY", "/upload")
+        for record in logs.records:
+            self.assertTrue(record.getMessage().isprintable(), record.getMessage())
+
+    def test_identifiers_and_passwords_are_not_logged(self) -> None:
+        with application() as app, self.assertLogs("flowserver", "DEBUG") as logs:
+            for mode in ("test", "octet"):
+                message = browser("a", b"x", mode=mode, Identifier="flowserver-5ecre7")
+                send(app, *message._replace(headers={"Authorization": "Basic 5ecre7"}))
+        self.assertNotIn("5ecre7", str(logs.output))
+
+
+class WsgiTest(unittest.TestCase):
+    """The application as WSGI, under the eyes of wsgiref.validate."""
+
+    def call(self, app: UploadApp, message: Message, **changes: Any) -> Answer:
+        path, _, query = message.path.partition("?")
+        environ: Dict[str, Any] = {
+            "REQUEST_METHOD": message.method,
+            "SCRIPT_NAME": "",
+            "PATH_INFO": path.encode().decode("latin-1"),
+            "QUERY_STRING": query,
+            "CONTENT_LENGTH": str(len(message.body)),
+            "REMOTE_ADDR": "127.0.0.1",
+            "wsgi.input": io.BytesIO(message.body),
+        }
+        for name, value in message.headers.items():
+            key = name.upper().replace("-", "_")
+            environ[key if key == "CONTENT_TYPE" else "HTTP_" + key] = value
+        environ.update(changes)
+        environ = {name: value for name, value in environ.items() if value is not None}
+        wsgiref.util.setup_testing_defaults(environ)
+        started: List[Any] = []
+
+        def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+            started.append((int(status[:3]), {k.lower(): v for k, v in headers}))
+            return lambda data: None
+
+        result = wsgiref.validate.validator(app)(environ, start_response)
+        with contextlib.closing(result):
+            body = b"".join(result)
+        return Answer(*started[0], body)
+
+    def test_file_arrives_through_wsgi(self) -> None:
+        with application() as app:
+            for mode, name in (("multipart", "a"), ("octet", "b")):
+                for number in (1, 2):
+                    message = browser(name, noise(25), number, 10, mode)
+                    self.assertEqual(self.call(app, message).status, 200)
+            self.assertEqual(finished_files(app), {"a": noise(25), "b": noise(25)})
+
+    def test_every_kind_of_answer_is_valid(self) -> None:
+        with application() as app:
+            for message, status in ((Message("GET", "/"), 200), (Message("HEAD", "/"), 200),
+                    (Message("GET", "/upload"), 204), (Message("HEAD", "/upload"), 204),
+                    (Message("GET", "/sample/none.js"), 404), (Message("PUT", "/health"), 405),
+                    (Message("OPTIONS", "/upload"), 204), (Message("POST", "/upload"), 400)):
+                with self.subTest(message.path, method=message.method):
+                    answer = self.call(app, message)
+                    self.assertEqual(answer.status, status)
+                    self.assertEqual("content-length" in answer.headers, status != 204)
+                    self.assertEqual(answer.body == b"", message.method == "HEAD" or
+                        status == 204)
+
+    def test_it_may_be_mounted_anywhere(self) -> None:
+        with application() as app:
+            message = browser("a", b"x", path="/chunks")
+            answer = self.call(app, message, SCRIPT_NAME="/files")
+            self.assertEqual(answer.status, 200)
+            place = {"SCRIPT_NAME": "/fil\xc3\xa4es", "PATH_INFO": ""}
+            moved = self.call(app, Message("GET", ""), **place)
+            self.assertEqual((moved.status, moved.headers["location"]),
+                (308, "/fil%C3%A4es/"))
+            posted = self.call(app, browser("a", b"x", path=""), **place)
+            self.assertEqual(posted.json["path"], "a")
+            self.assertEqual(self.call(app, Message("GET", "/other")).status, 204)
+
+    def test_paths_count_when_the_mount_is_all_there_is(self) -> None:
+        with application(any_path=False) as app:
+            for path, status in (("/other", 404), ("/upload", 204), ("/", 200)):
+                self.assertEqual(self.call(app, Message("GET", path)).status, status)
+
+    def test_refused_body_is_read_to_its_end(self) -> None:
+        """A client that writes all before it reads would else see a reset."""
+        with application(max_file_size=1) as app:
+            for message in (browser("a", noise(9 * KIB)), Message("PUT", "/health", b"x")):
+                body = io.BytesIO(message.body + b"next")
+                answer = self.call(app, message, **{"wsgi.input": body})
+                self.assertGreaterEqual(answer.status, 400)
+                self.assertEqual(body.read(), b"next")
+
+    def test_ends_of_requests_are_used_to_tidy(self) -> None:
+        now = [0.0]
+        with application(clock=lambda: now[0], stale_after=0) as app:
+            send(app, *browser("a", noise(25), 1, 10))
+            for seconds, uploads in ((1, 1), (400, 0)):
+                now[0] += seconds
+                self.call(app, Message("GET", "/health"))
+                self.assertEqual(app.store.open_uploads, uploads)
+
+    def test_length_that_is_no_length_is_refused(self) -> None:
+        for length in ("-1", "+1", "1_0", "\u0661", "x", "9" * 5000):
+            with self.subTest(length[:9]), application() as app:
+                with mock.patch.object(wsgiref.validate, "check_environ"):
+                    answer = self.call(app, browser("a", b"x"), CONTENT_LENGTH=length)
+                self.assertIn(answer.status, (400, 413, 415))
+                self.assertEqual(leftovers(app), {})
+
+    def test_form_that_was_read_already_is_told(self) -> None:
+        with application() as app:
+            message = browser("a", b"x")
+            answer = self.call(app, message, **{"wsgi.input": io.BytesIO()})
+        self.assertIn(answer.status, (400, 415))
+        self.assertIn("read already", answer.json["error"])
+
+    def test_missing_length_is_an_empty_body(self) -> None:
+        with application() as app:
+            answer = self.call(app, browser("a", b"", mode="octet"), CONTENT_LENGTH=None)
+            self.assertEqual(answer.status, 200)
+            self.assertEqual(finished_files(app), {"a": b""})
+
+
+# ---- HTTP server ---------------------------------------------------------------------
+
+HEAD = "GET /health HTTP/1.1\nHost: localhost\n\n"
+SMUGGLED = b"GET /health?smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+# Heads that are refused, each with the status; RFC 9112, cpython#150499 and #150751.
+BAD_HEADS: Dict[str, Tuple[str, int]] = {
+    "two lengths": ("Content-Length: 0\nContent-Length: 51", 400),
+    "two equal lengths": ("Content-Length: 51\nContent-Length: 51", 400),
+    "list of lengths": ("Content-Length: 0, 51", 400),
+    "sign": ("Content-Length: +5", 400),
+    "minus": ("Content-Length: -1", 400),
+    "underscore": ("Content-Length: 1_0", 400),
+    "no digits": ("Content-Length: ", 400),
+    "hexadecimal": ("Content-Length: 0x5", 400),
+    "blank in the number": ("Content-Length: 1 0", 400),
+    "digits of another script": ("Content-Length: \u00b2", 400),
+    "long number": ("Content-Length: " + "1" * 30, 400),
+    "chunked": ("Transfer-Encoding: chunked", 411),
+    "any encoding": ("Transfer-Encoding: identity", 411),
+    "hidden encoding": ("Transfer-Encoding: \x0bchunked", 400),
+    "encoding and length": ("Transfer-Encoding: chunked\nContent-Length: 5", 400),
+    "length and encoding": ("Content-Length: 5\nTransfer-Encoding: chunked", 400),
+    "folded line": ("A: b\n c: d", 400),
+    "folded length": ("Content-Length:\n 5", 400),
+    "blank before the colon": ("Content-Length : 5", 400),
+    "blank in a name": ("A B: c", 400),
+    "no name": (": c", 400),
+    "no colon": ("Content-Length", 400),
+    "NUL": ("A: b\0c", 400),
+    "bare CR": ("A: b\rContent-Length: 5", 400),
+    "two hosts": ("Host: localhost", 400),
+    "many headers": ("\n".join(f"A{n}: b" for n in range(101)), 431),
+    "many equal headers": ("\n".join(["A: b"] * 101), 431),
+}
+BAD_LINES: Dict[str, Tuple[str, int]] = {
+    "no version": ("GET /health", 400),
+    "HTTP/0.9": ("GET /health HTTP/0.9", 400),
+    "HTTP/2": ("PRI * HTTP/2.0", 400),
+    "small letters": ("get /health HTTP/1.1", 400),
+    "two blanks": ("GET  /health HTTP/1.1", 400),
+    "blank at the end": ("GET /health HTTP/1.1 ", 400),
+    "no path": ("GET health HTTP/1.1", 400),
+    "CONNECT": ("CONNECT localhost:80 HTTP/1.1", 400),
+    "star": ("GET * HTTP/1.1", 400),
+    "ftp": ("GET ftp://localhost/ HTTP/1.1", 400),
+    "not ASCII": ("GET /h\xe4 HTTP/1.1", 400),
+    "long address": ("GET /" + "a" * 40000 + " HTTP/1.1", 414),
+}
+
+
+def head_of(message: Message, *lines: str) -> str:
+    """Return the head of a message as text, with further header lines."""
+    headers = [f"{name}: {value}" for name, value in message.headers.items()]
+    first = f"{message.method} {message.path} HTTP/1.1"
+    length = f"Content-Length: {len(message.body)}"
+    return "\n".join([first, "Host: localhost", length, *headers, *lines]) + "\n\n"
+
+
+class FramingTest(unittest.TestCase):
+    """Where a request begins and ends; no byte of a body is ever a request."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.context = serving()
+        cls.server = cls.context.__enter__()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.context.__exit__(None, None, None)
+
+    def check_refused(self, head: str, status: int) -> None:
+        """The request is refused, and what follows it is not looked at."""
+        with RawClient(self.server) as client:
+            client.send(head.encode("latin-1").replace(b"\n", b"\r\n"), SMUGGLED)
+            client.socket.shutdown(socket.SHUT_WR)
+            answer = client.answer()
+            assert answer is not None
+            self.assertEqual(answer.status, status, answer)
+            self.assertEqual(answer.headers["connection"], "close")
+            self.assertIs(answer.json["success"], False)
+            self.assertTrue(client.is_closed())
+
+    def test_headers_that_could_be_read_in_two_ways_are_refused(self) -> None:
+        for name, (lines, status) in BAD_HEADS.items():
+            for method in ("GET", "POST"):
+                with self.subTest(name, method=method):
+                    first = f"{method} /upload HTTP/1.1\nHost: localhost\n"
+                    self.check_refused(f"{first}{lines}\n\n", status)
+
+    def test_first_lines_that_are_none_are_refused(self) -> None:
+        for name, (line, status) in BAD_LINES.items():
+            with self.subTest(name):
+                self.check_refused(f"{line}\nHost: localhost\n\n", status)
+
+    def test_host_is_needed_in_http_1_1(self) -> None:
+        self.check_refused("GET /health HTTP/1.1\nA: b\n\n", 400)
+
+    def test_line_feed_alone_ends_no_line(self) -> None:
+        with RawClient(self.server) as client:
+            client.send(b"GET / HTTP/1.1\nHost: localhost\nA: b\r\n\r\n", SMUGGLED)
+            client.socket.shutdown(socket.SHUT_WR)
+            answer = client.answer()
+            self.assertEqual(answer and answer.status, 400)
+            self.assertTrue(client.is_closed())
+
+    def test_what_can_not_become_http_is_refused_at_once(self) -> None:
+        for junk in (b"\x16\x03\x01\x02\x00\x01", b"\0", b" GET / HTTP/1.1", b"\n"):
+            with self.subTest(junk), RawClient(self.server) as client:
+                answer = client.send(junk).answer()
+                self.assertEqual(answer and answer.status, 400)
+
+    def test_endless_head_is_refused(self) -> None:
+        with RawClient(self.server) as client:
+            client.send("GET / HTTP/1.1\n", b"A: " + b"b" * 70000)
+            client.socket.shutdown(socket.SHUT_WR)
+            answer = client.answer()
+            self.assertEqual(answer and answer.status, 431)
+
+    def test_body_that_was_not_read_is_not_the_next_request(self) -> None:
+        for message in (Message("POST", "/nowhere", SMUGGLED), Message("GET", "/", SMUGGLED),
+                Message("GET", "/health", SMUGGLED), Message("DELETE", "/upload", SMUGGLED),
+                Message("OPTIONS", "/upload", SMUGGLED), Message("POST", "/upload", SMUGGLED),
+                browser("a", noise(25), sent=SMUGGLED, mode="octet", TotalSize="x")):
+            with self.subTest(message.method, path=message.path[:9]):
+                with RawClient(self.server) as client:
+                    client.send(head_of(message), message.body)
+                    client.socket.shutdown(socket.SHUT_WR)
+                    answer = client.answer()
+                    assert answer is not None
+                    self.assertEqual(answer.headers["connection"], "close")
+                    self.assertTrue(client.is_closed())
+
+    def test_connection_serves_one_request_after_the_other(self) -> None:
+        with RawClient(self.server) as client:
+            for name in ("k1", "k2"):
+                for mode in ("multipart", "octet", "test"):
+                    message = browser(name, noise(5), 1, 10, mode)
+                    answer = client.send(head_of(message), message.body).answer()
+                    assert answer is not None
+                    self.assertNotIn("connection", answer.headers)
+                    self.assertEqual(answer.status, 204 if mode == "test" else 200)
+        self.assertEqual(finished_files(self.server)["k2"], noise(5))
+
+    def test_requests_may_come_before_the_answers(self) -> None:
+        message = browser("pipe", noise(5))
+        both = head_of(message).replace("\n", "\r\n").encode() + message.body
+        with RawClient(self.server) as client:
+            client.send(b"\r\n" + both + b"\r\n" + SMUGGLED + both)
+            answers = [client.answer() for _ in range(3)]
+        self.assertEqual([answer and answer.status for answer in answers], [200] * 3)
+        self.assertEqual(["path" in answer.json for answer in answers if answer],
+            [True, False, True])
+
+    def test_a_head_may_come_byte_by_byte(self) -> None:
+        with RawClient(self.server) as client:
+            for byte in HEAD.replace("\n", "\r\n").encode():
+                client.send(bytes([byte]))
+            answer = client.answer()
+            self.assertEqual(answer and answer.status, 200)
+
+    def test_connection_ends_when_the_client_wants_it(self) -> None:
+        for head in (HEAD.replace("1.1", "1.0"), HEAD[:-1] + "Connection: Close\n\n",
+                "GET /health HTTP/1.0\n\n"):
+            with self.subTest(head), RawClient(self.server) as client:
+                answer = client.send(head, SMUGGLED).answer()
+                assert answer is not None
+                self.assertEqual((answer.status, answer.headers["connection"]),
+                    (200, "close"))
+                self.assertTrue(client.is_closed())
+
+    def test_answers_end_where_they_say(self) -> None:
+        with RawClient(self.server) as client:
+            for method, path in (("HEAD", "/"), ("GET", "/upload"), ("HEAD", "/upload"),
+                    ("HEAD", "/nowhere"), ("OPTIONS", "/upload"), ("GET", "/")):
+                with self.subTest(method, path=path):
+                    client.send(f"{method} {path} HTTP/1.1\nHost: localhost\n\n")
+                    answer = client.answer(method)
+                    assert answer is not None
+                    self.assertEqual("content-length" in answer.headers,
+                        answer.status != 204)
+
+    def test_address_may_be_absolute_or_escaped(self) -> None:
+        for target, status in (("http://localhost/health", 200), ("HTTP://a?b", 400),
+                ("http://localhost", 200), ("/%68ealth", 200), ("/health?x", 200),
+                ("/%2e%2e/health", 404), ("/health%3fx", 404), ("//health", 404)):
+            with self.subTest(target), RawClient(self.server) as client:
+                client.send(f"GET {target} HTTP/1.1\nHost: localhost\n\n")
+                client.socket.shutdown(socket.SHUT_WR)
+                answer = client.answer()
+                self.assertEqual(answer and answer.status, status)
+        with RawClient(self.server) as client:
+            answer = client.send("OPTIONS * HTTP/1.1\nHost: localhost\n\n").answer()
+            self.assertEqual(answer and answer.status, 204)
+
+    def test_size_of_a_head_is_bounded(self) -> None:
+        for count, status in ((60, None), (70, 431)):
+            head = "GET / HTTP/1.1\r\nHost: x\r\n"
+            head += f"A: {'b' * 1000}\r\n" * count + "\r\n"
+            with self.subTest(count):
+                try:
+                    flowserver.parse_head(head.encode())
+                    found = None
+                except flowserver._BadHead as error:
+                    found = error.status
+                self.assertEqual(found, status)
+
+    def test_hostile_heads_are_judged_in_linear_time(self) -> None:
+        """CVE-2024-24762 in a head: a quadratic search takes minutes here."""
+        for junk in (" " * 60000, "\t" * 60000, "a" * 60000, "a:" * 30000):
+            with self.assertRaises(flowserver._BadHead):
+                for _ in range(200):
+                    flowserver.parse_head(
+                        f"GET / HTTP/1.1\r\nHost: x\r\nA:{junk}\0\r\n\r\n".encode()
+                    )
+
+
+class ContinueTest(unittest.TestCase):
+    """Expect: 100-continue is answered after the decision, not before."""
+
+    def setUp(self) -> None:
+        context = serving(max_file_size=100)
+        self.server = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+
+    def test_good_request_is_told_to_go_on(self) -> None:
+        message = browser("a", noise(25))
+        with RawClient(self.server) as client:
+            client.send(head_of(message, "Expect: 100-continue"))
+            answer = client.answer()
+            self.assertEqual(answer and answer.status, 100)
+            answer = client.send(message.body).answer()
+            self.assertEqual(answer and answer.json["status"], "complete")
+
+    def test_refused_request_is_told_so_at_once(self) -> None:
+        message = browser("a", noise(101), mode="octet")
+        with RawClient(self.server) as client:
+            answer = client.send(head_of(message, "Expect: 100-continue")).answer()
+            self.assertEqual(answer and answer.status, 413)
+
+    def test_client_of_http_1_0_is_not_told(self) -> None:
+        message = browser("a", noise(25))
+        head = head_of(message, "Expect: 100-continue").replace("HTTP/1.1", "HTTP/1.0")
+        with RawClient(self.server) as client:
+            answer = client.send(head, message.body).answer()
+            self.assertEqual(answer and answer.status, 200)
+
+
+class RefusalIsSeenTest(unittest.TestCase):
+    """A client that sends all before it reads sees the refusal, not a reset."""
+
+    def check_seen(self, status: int, message: Message, **settings: Any) -> None:
+        with serving(**settings) as server:
+            for _ in range(3):
+                with RawClient(server) as client:
+                    client.send(head_of(message), message.body)
+                    answer = client.answer()
+                    self.assertEqual(answer and answer.status, status)
+            self.assertEqual((finished_files(server), leftovers(server)), ({}, {}))
+
+    def test_too_large_chunk_of_20_mb(self) -> None:
+        body = bytes(20 * MIB)
+        message = browser("a", body, mode="octet", chunk_size=len(body))
+        self.check_seen(413, message, max_chunk_size=16 * MIB)
+
+    def test_too_large_file_of_20_mb_in_one_form(self) -> None:
+        body = bytes(20 * MIB)
+        message = browser("a", body, chunk_size=len(body))
+        self.check_seen(413, message, max_file_size=MIB)
+
+    def test_20_mb_for_nobody(self) -> None:
+        message = Message("POST", "/nowhere", bytes(20 * MIB))
+        self.check_seen(405, message)
+
+    def test_20_mb_after_a_head_that_is_refused(self) -> None:
+        message = Message("POST", "/upload", bytes(20 * MIB), {"Transfer-Encoding": "x"})
+        self.check_seen(400, message)
+
+
+class PatienceTest(unittest.TestCase):
+    """Every wait has an end, and many waits cost nobody else."""
+
+    def test_slow_heads_and_idle_connections_are_cut(self) -> None:
+        with serving(timeout=1) as server, contextlib.ExitStack() as clients:
+            silent, half, slow, idle = (
+                clients.enter_context(RawClient(server)) for _ in range(4)
+            )
+            half.send("GET / HTTP/1.1\nHost: loc")
+            answer = idle.send(HEAD).answer()
+            self.assertEqual(answer and answer.status, 200)
+            with self.assertRaises(OSError):  # a byte now and then buys no time
+                while True:
+                    slow.send(b"GET / HTTP/1.1\r\nA: b"[:1])
+                    slow.socket.settimeout(0.1)
+                    with contextlib.suppress(socket.timeout):
+                        if not slow.socket.recv(1):
+                            raise ConnectionResetError
+            for client in (silent, half, idle):
+                self.assertTrue(client.is_closed())
+
+    def test_slow_body_is_refused_and_leaves_nothing(self) -> None:
+        message = browser("a", noise(5000), 1, 5000)
+        with serving(timeout=1) as server, contextlib.ExitStack() as clients:
+            stalled = clients.enter_context(RawClient(server))
+            stalled.send(head_of(message), message.body[:3000])
+            slow = clients.enter_context(RawClient(server))
+            slow.send(head_of(message._replace(path="/upload?x")))
+            for place in range(len(message.body)):
+                slow.send(message.body[place:place + 1])
+                slow.socket.settimeout(0.1)
+                with contextlib.suppress(socket.timeout):
+                    if slow.socket.recv(1, socket.MSG_PEEK):
+                        break
+            for client in (stalled, slow):
+                client.socket.settimeout(PATIENCE)
+                answer = client.answer()
+                assert answer is not None
+                self.assertEqual(answer.status, 408)
+                self.assertIn("too slowly", answer.json["error"])
+            self.assertEqual((finished_files(server), leftovers(server)), ({}, {}))
+
+    def test_body_may_take_longer_than_any_of_its_waits(self) -> None:
+        message = browser("a", noise(9000), chunk_size=9000)
+        with serving(timeout=1) as server, RawClient(server) as client:
+            client.send(head_of(message))
+            began = time.monotonic()
+            for place in range(0, len(message.body), len(message.body) // 12):
+                client.send(message.body[place:place + len(message.body) // 12])
+                time.sleep(0.1)
+            self.assertGreater(time.monotonic() - began, 1)
+            answer = client.answer()
+            self.assertEqual(answer and answer.status, 200)
+
+    def test_refused_body_that_dribbles_is_not_waited_for(self) -> None:
+        with mock.patch.object(flowserver, "_LINGER_SECONDS", 0.1):
+            with serving() as server, RawClient(server) as client:
+                client.send(head_of(Message("PUT", "/nowhere", bytes(10 * MIB))))
+                answer = client.answer()
+                self.assertEqual(answer and answer.status, 405)
+                with self.assertRaises(OSError):
+                    while True:
+                        client.send(b".")
+                        time.sleep(0.01)
+
+    def test_server_that_can_accept_no_more_makes_room(self) -> None:
+        accept, failures = FlowServer.get_request, [OSError(errno.EMFILE, "Too many")] * 2
+
+        def fail_twice(listener: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return accept_really(listener)
+
+        accept_really = http.server.ThreadingHTTPServer.get_request
+        self.assertIsNot(accept, accept_really)
+        with serving() as server, RawClient(server) as idle:
+            answer = idle.send(HEAD).answer()
+            self.assertEqual(answer and answer.status, 200)
+            with mock.patch.object(http.server.ThreadingHTTPServer, "get_request",
+                    fail_twice):
+                self.assertEqual(send(server, "GET", "/health").status, 200)
+            self.assertTrue(idle.is_closed())
+
+    def test_client_that_goes_away_leaves_nothing(self) -> None:
+        message = browser("a", noise(5000), 1, 2000)
+        with serving() as server:
+            for size, reset in ((0, 0), (500, 0), (1500, 0), (500, 1), (1500, 1)):
+                with RawClient(server) as client:
+                    client.send(head_of(message), message.body[:size])
+                    linger = struct.pack("ii", reset, 0)
+                    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            until(lambda: not server.app.store.open_uploads and not leftovers(server))
+            self.assertEqual(send(server, *message).status, 200)
+
+    def test_idlest_connection_gives_way(self) -> None:
+        with serving(max_connections=2) as server, RawClient(server) as first:
+            self.serve_once(server, first)
+            with RawClient(server) as second:
+                self.serve_once(server, second)
+                self.serve_once(server, first)
+                self.assertEqual(send(server, "GET", "/health").status, 200)
+                self.assertTrue(second.is_closed())
+                self.serve_once(server, first)
+
+    def serve_once(self, server: FlowServer, client: RawClient) -> None:
+        """Get one answer, and see the connection waiting for its next request."""
+        answer = client.send(HEAD).answer()
+        self.assertEqual(answer and answer.status, 200)
+        until(lambda: self.last_waiting(server) == client.socket.getsockname())
+
+    def last_waiting(self, server: FlowServer) -> Any:
+        with server._lock, contextlib.suppress(OSError):
+            waiting = list(server._waiting.values())
+            return waiting[-1].getpeername() if waiting else None
+        return None
+
+    def test_running_requests_do_not_give_way(self) -> None:
+        message = browser("a", noise(500))
+        with serving(max_connections=1) as server, RawClient(server) as client:
+            client.send(head_of(message, "Expect: 100-continue"))
+            answer = client.answer()
+            self.assertEqual(answer and answer.status, 100)
+            refused = send(server, "GET", "/health")
+            self.assertEqual(refused.status, 503)
+            self.assertIn("too many connections", refused.json["error"])
+            answer = client.send(message.body).answer()
+            self.assertEqual(answer and answer.status, 200)
+
+    def test_zero_means_no_limit(self) -> None:
+        with serving(max_connections=0, timeout=0, max_uploads=0) as server:
+            with RawClient(server) as client:
+                for _ in range(2):
+                    answer = client.send(HEAD).answer()
+                    self.assertEqual(answer and answer.status, 200)
+            answers = send_file(server, "a", noise(25), chunk_size=10)
+            self.assertEqual([answer.status for answer in answers], [200, 200])
+
+    def test_threads_and_connections_end_with_their_clients(self) -> None:
+        with serving() as server:
+            before = threading.active_count()
+            for _ in range(30):
+                send(server, "GET", "/health")
+                with RawClient(server) as client:
+                    client.send("GET /heal")
+            until(lambda: threading.active_count() <= before)
+            self.assertEqual(len(server._connections), 0)
+            if os.path.isdir("/proc/self/fd"):
+                until(lambda: len(os.listdir("/proc/self/fd")) < 60)
+
+
+class StopTest(unittest.TestCase):
+    """The end: no new requests, those running are finished, idle ones are closed."""
+
+    def test_running_request_is_finished(self) -> None:
+        message = browser("a", noise(25))
+        with serving() as server, RawClient(server) as idle, RawClient(server) as client:
+            answer = idle.send(HEAD).answer()
+            client.send(head_of(message, "Expect: 100-continue"))
+            answer = client.answer()
+            self.assertEqual(answer and answer.status, 100)
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            self.assertTrue(idle.is_closed())
+            answer = client.send(message.body).answer()
+            assert answer is not None
+            self.assertEqual(answer.json["status"], "complete")
+            self.assertEqual(answer.headers["connection"], "close")
+            stopping.join(PATIENCE)
+            self.assertFalse(stopping.is_alive())
+            with self.assertRaises(OSError):
+                RawClient(server)
+            self.assertEqual(finished_files(server), {"a": noise(25)})
+
+    def test_client_that_does_not_end_is_not_waited_for(self) -> None:
+        message = browser("a", noise(25))
+        with mock.patch.object(flowserver, "_GRACE_SECONDS", 0.1), serving() as server:
+            with RawClient(server) as client:
+                client.send(head_of(message, "Expect: 100-continue"))
+                answer = client.answer()
+                self.assertEqual(answer and answer.status, 100)
+                server.stop()
+            self.assertEqual(finished_files(server), {})
+
+    def test_server_that_was_never_started_can_be_stopped(self) -> None:
+        with application(port=0) as app:
+            FlowServer(app).stop()
+
+
+class RaceOfAttemptsTest(unittest.TestCase):
+    """Two attempts at one range over real connections."""
+
+    def test_first_attempt_stalls_and_the_second_completes_the_file(self) -> None:
+        """The second does not wait for the first, and is not mixed with it."""
+        for mode, start in itertools.product(("multipart", "octet"), (1, 2)):
+            with self.subTest(mode, start=start), serving() as server:
+                send(server, *browser("a", noise(2000, 2), 3 - start, 1000))
+                stalled = browser("a", noise(2000, 1), start, 1000, mode)
+                with RawClient(server) as client:
+                    client.send(head_of(stalled), stalled.body[:-400])
+                    until(lambda: bool(server.app.store._bodies))
+                    second = browser("a", noise(2000, 2), start, 1000, mode)
+                    answer = send(server, *second)
+                    self.assertEqual(answer.json["status"], "complete")
+                    late = client.send(stalled.body[-400:]).answer()
+                    self.assertEqual(late and late.status, 415)
+                self.assertEqual(finished_files(server), {"a": noise(2000, 2)})
+                self.assertEqual(leftovers(server), {})
+
+    def test_many_connections_with_repeated_chunks_make_one_file(self) -> None:
+        data, done = noise(20 * 500, 3), []
+        with serving(on_complete=done.append) as server:
+            chance = random.Random(5)
+            numbers = list(range(1, 21)) * 3
+            chance.shuffle(numbers)
+
+            def work() -> None:
+                while numbers:
+                    answer = send(server, *browser("a", data, numbers.pop(), 500))
+                    statuses.append(answer.status)
+
+            statuses: List[int] = []
+            threads = [threading.Thread(target=work) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual(statuses, [200] * 60)
+            self.assertEqual(finished_files(server), {"a": data})
+            self.assertEqual((len(done), leftovers(server)), (1, {}))
+
+
+class ServerTest(unittest.TestCase):
+    """Addresses, TLS, and the handler in a server of one's own."""
+
+    def test_loopback_is_known_by_the_bound_address(self) -> None:
+        hosts = ["127.0.0.1", "localhost", "0.0.0.0"]
+        hosts += ["127.1"] if os.name == "posix" else []
+        for host in hosts:
+            with self.subTest(host), serving(host=host) as server:
+                self.assertIs(server.is_loopback, host != "0.0.0.0")
+                foreign = {"Host": "evil.example"}
+                status = send(server, "GET", "/health", headers=foreign).status
+                self.assertEqual(status, 403 if server.is_loopback else 200)
+
+    def test_url_is_one_that_a_browser_here_can_open(self) -> None:
+        with serving(host="0.0.0.0") as server:
+            self.assertEqual(server.url, f"http://127.0.0.1:{server.server_port}")
+
+    @unittest.skipUnless(socket.has_ipv6, "needs IPv6")
+    def test_ipv6_is_served(self) -> None:
+        try:
+            context = serving(host="::1")
+            server = context.__enter__()
+        except OSError:
+            self.skipTest("this machine has no IPv6")
+        with contextlib.closing(socket.socket()):
+            self.assertEqual(server.url, f"http://[::1]:{server.server_port}")
+            self.assertEqual(send(server, "GET", "/health").status, 200)
+        context.__exit__(None, None, None)
+
+    def test_bug_in_a_connection_is_logged_and_the_server_goes_on(self) -> None:
+        with serving() as server, self.assertLogs("flowserver", "ERROR") as logs:
+            with mock.patch.object(server.app, "handle", side_effect=ZeroDivisionError):
+                with RawClient(server) as client:
+                    self.assertIsNone(client.send(HEAD).answer())
+            self.assertEqual(send(server, "GET", "/health").status, 200)
+        self.assertIn("ZeroDivisionError", logs.output[0])
+
+    def test_handler_of_ones_own_can_take_uploads(self) -> None:
+        class Handler(flowserver.FlowHandlerMixin, http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                self.handle_upload()
+
+            do_GET = do_POST
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        with application() as app:
+            Handler.uploads = app
+            with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+                thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+                thread.start()
+                try:
+                    self.check_own_server(server, app)
+                finally:
+                    server.shutdown()
+                    thread.join()
+
+    def check_own_server(self, server: Any, app: UploadApp) -> None:
+        for number in (1, 2):
+            message = browser("a", noise(25), number, 10, path="/any/where")
+            self.assertEqual(send(server, *message).status, 200)
+        self.assertEqual(finished_files(app), {"a": noise(25)})
+        test = browser("b", noise(25), mode="test", path="/any/where")
+        self.assertEqual(send(server, *test).status, 204)
+        bad = {"Transfer-Encoding": "chunked", "Content-Length": "5"}
+        refused = send(server, "POST", "/x", b"12345", bad)
+        self.assertIn(refused.status, range(400, 500))
+        self.assertEqual(refused.headers["connection"], "close")
+
+
+# A certificate for localhost and its key: made for this file, known to everybody.
+CERTIFICATE = """
+-----BEGIN CERTIFICATE-----
+MIIBmzCCAUGgAwIBAgIURDVvevb47eBe0543l1IaybzPdVkwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMDExMTc1NFoYDzIxMjYxMDI3
+MTExNzU0WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAR7hu5MTJHYSVqCQkU7xlNNuhKCI0O+xXVdqcq0fkMqC9zTR//hXxfH
+8wAF1si9EwqKpHbrkzZXbmNLZmNHa2tTo28wbTAdBgNVHQ4EFgQUapTR8XFFy+zD
+vWaiRjhM2p6gwcswHwYDVR0jBBgwFoAUapTR8XFFy+zDvWaiRjhM2p6gwcswDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSAAwRQIhAJ6nwdCqOiSPNfedRLCRG4PAEAQfYQVnFN+VJD2BUUToAiBA
+wsByFXmlkU32oOEpqNbY9BeVWvB6EfLiBH/fih3xhQ==
+-----END CERTIFICATE-----
+"""
+PRIVATE_KEY = """
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg3W+MkLeMp9wojZnj
+hUG+lPQ5y0dUl2VSimEY4VNLB36hRANCAAR7hu5MTJHYSVqCQkU7xlNNuhKCI0O+
+xXVdqcq0fkMqC9zTR//hXxfH8wAF1si9EwqKpHbrkzZXbmNLZmNHa2tT
+-----END PRIVATE KEY-----
+"""
+
+
+@unittest.skipUnless(ssl, "this Python has no ssl")
+class TlsTest(unittest.TestCase):
+    """TLS, when certificate and private_key are set."""
+
+    def setUp(self) -> None:
+        context = temporary_folder()
+        self.folder = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        self.certificate, self.private_key = (
+            self.write(n, t) for n, t in (("c", CERTIFICATE), ("k", PRIVATE_KEY))
+        )
+
+    def write(self, name: str, text: str) -> str:
+        path = os.path.join(self.folder, name)
+        with open(path, "w") as file:
+            file.write(text)
+        return path
+
+    def client(self, server: FlowServer) -> http.client.HTTPSConnection:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        host, port = server.server_address[:2]
+        return http.client.HTTPSConnection(
+            str(host), port, timeout=PATIENCE, context=context
+        )
+
+    def test_file_arrives_through_tls(self) -> None:
+        message = browser("a", noise(300 * KIB), chunk_size=MIB)
+        origin = {}
+        with serving(certificate=self.certificate, private_key=self.private_key) as server:
+            self.assertTrue(server.url.startswith("https://127.0.0.1:"))
+            origin["Origin"] = server.url
+            with contextlib.closing(self.client(server)) as client:
+                for _ in range(2):
+                    headers = {**message.headers, **origin}
+                    client.request("POST", "/upload", message.body, headers)
+                    response = client.getresponse()
+                    self.assertEqual((response.status, len(response.read()) > 0),
+                        (200, True))
+            self.assertEqual(finished_files(server), {"a": noise(300 * KIB)})
+
+    def test_clients_that_speak_no_tls_disturb_nobody(self) -> None:
+        with serving(certificate=self.certificate, private_key=self.private_key,
+                max_connections=2) as server:
+            with RawClient(server) as silent, RawClient(server) as wrong:
+                wrong.send(HEAD)
+                self.assertTrue(wrong.answer() is None or wrong.is_closed())
+                with RawClient(server), contextlib.closing(self.client(server)) as client:
+                    client.request("GET", "/health")
+                    self.assertEqual(client.getresponse().read()[:6], b'{"ok":')
+                self.assertTrue(silent.is_closed())
+
+    def test_certificate_that_is_none_is_a_wrong_setting(self) -> None:
+        for paths in ((self.certificate, self.folder + "/missing"), (self.private_key,) * 2):
+            with application(certificate=paths[0], private_key=paths[1], port=0) as app:
+                with self.assertRaisesRegex(flowserver.SettingsError, "TLS can't be set up"):
+                    FlowServer(app)
+
+
+# ---- command line --------------------------------------------------------------------
+
+
+class Running:
+    """flowserver.py in a process of its own, as users start it."""
+
+    def __init__(self, *arguments: str, flags: Sequence[str] = (), file: str = FILE,
+            **how: Any) -> None:
+        self.log = tempfile.TemporaryFile()
+        command = [sys.executable, *(flags or ("-I", "-W", "error")), file, *arguments]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self.log, encoding="utf-8", **how
+        )
+        self.watchdog = threading.Timer(PATIENCE, self.process.kill)
+        self.watchdog.start()
+        self.lines: List[str] = []
+        match = None
+        while not match:
+            self.lines.append(self.out.readline())
+            if not self.lines[-1]:
+                self.end()
+                raise AssertionError(f"no address; {self.lines} {self.errors}")
+            match = re.search(r"http://([0-9.]+):([0-9]+)/", self.lines[0])
+        self.server_address = (match[1], int(match[2]))
+        self.lines.append(self.out.readline())
+
+    @property
+    def out(self) -> Any:
+        return self.process.stdout
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.end()
+
+    def stop(self, number: int) -> int:
+        """End the process by a signal; return its exit status."""
+        self.process.send_signal(number)
+        self.end()
+        return self.process.returncode
+
+    def end(self) -> None:
+        """Wait for the process, and read what it had to say."""
+        if self.watchdog.is_alive():
+            self.process.wait()
+            self.watchdog.cancel()
+            self.watchdog.join()
+            self.lines += self.out.readlines()
+            self.out.close()
+            self.log.seek(0)
+            self.errors = self.log.read().decode("utf-8", "replace")
+            self.log.close()
+
+
+@contextlib.contextmanager
+def undone_log() -> Iterator[None]:
+    """Take back what main() does to the log of this process."""
+    log = logging.getLogger("flowserver")
+    kept = (log.handlers[:], log.level, log.propagate)
+    try:
+        yield
+    finally:
+        for handler in set(log.handlers) - set(kept[0]):
+            handler.close()
+        log.handlers[:], log.propagate = kept[0], kept[2]
+        log.setLevel(kept[1])
+
+
+def run_main(*arguments: str) -> Tuple[int, str, str]:
+    """Call main(); return the exit status and what was said, out and err."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), undone_log():
+        try:
+            status = flowserver.main(["--config", "", *arguments])
+        except SystemExit as exit:
+            status = int(exit.code or 0)
+    return status, out.getvalue(), err.getvalue()
+
+
+class InFolder(unittest.TestCase):
+    """A test with a folder of its own, and flags to use nothing else."""
+
+    def setUp(self) -> None:
+        context = temporary_folder()
+        self.folder = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        self.uploads = os.path.join(self.folder, "up")
+        self.flags = ["--port", "0", "--upload-dir", self.uploads, "--min-free-space", "0"]
+
+    def path(self, name: str, text: Optional[str] = None) -> str:
+        """Return the path of a name in the folder, written when there is a text."""
+        path = os.path.join(self.folder, name)
+        if text is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        return path
+
+
+class CommandLineTest(InFolder):
+    """A user's mistake is one sentence and an exit status, never a traceback."""
+
+    def test_help_names_every_flag(self) -> None:
+        status, out, _ = run_main("--help")
+        self.assertEqual(status, 0)
+        for name in flowserver.settings_table():
+            self.assertIn("--" + name.replace("_", "-") + " VALUE", out)
+        self.assertRegex(out, r"\.flowserver inside\s+upload_dir\.")
+
+    def test_version_is_told(self) -> None:
+        result = python(FILE, "--version")
+        self.assertEqual((result.returncode, result.stdout, result.stderr),
+            (0, flowserver.__version__ + "\n", ""))
+
+    def test_wrong_setting_is_one_sentence_and_status_2(self) -> None:
+        wrong_file = self.path("wrong.ini", "[server]\nport = many\n")
+        cases: Dict[Tuple[str, ...], str] = {
+            ("--port", "many"): '--port: "many"',
+            ("--max-chunk-size", "8MB"): "--max-chunk-size",
+            ("--timeout", "soon"): "--timeout",
+            ("--config", wrong_file): f"{wrong_file}, section [server], key port",
+            ("--config", self.path("no.ini")): "no.ini can't be read",
+            ("--certificate", wrong_file, "--private-key", wrong_file): "TLS",
+            ("--log-file", os.path.join(self.uploads, "x.log")): "log_file",
+            ("--upload-dir", os.path.dirname(FILE)): "flowserver.py",
+            ("--upload-dir", ""): "upload",
+            ("--add-user", "anna"): "users_file",
+            ("--add-user", "a:b", "--users-file", self.path("u")): '"a:b"',
+            ("--users-file", self.path("none")): "users_file",
+        }
+        for arguments, words in cases.items():
+            with self.subTest(arguments):
+                status, out, err = run_main(*self.flags, *arguments)
+                self.assertEqual((status, out), (2, ""))
+                self.assertRegex(err, r"\Aflowserver: [^\n]+\.\n\Z")
+                self.assertIn(words, err)
+
+    def test_unknown_or_shortened_flag_has_status_2(self) -> None:
+        for flag in ("--colour", "--por"):
+            status, _, err = run_main(flag, "80")
+            self.assertEqual(status, 2)
+            self.assertIn(flag, err)
+            self.assertNotIn("Traceback", err)
+
+    def test_what_this_machine_can_not_do_is_one_sentence_and_status_1(self) -> None:
+        busy = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(busy.close)
+        port = str(busy.getsockname()[1])
+        file = self.path("file", "")
+        cases: Dict[Tuple[str, ...], str] = {
+            ("--port", port): f"127.0.0.1, port {port}",
+            ("--host", "192.0.2.1"): "192.0.2.1",
+            ("--upload-dir", os.path.join(file, "up")): os.path.join(file, "up"),
+            ("--temp-dir", os.path.join(file, "temp")): "temp",
+            ("--log-file", os.path.join(file, "log")): "log",
+        }
+        for arguments, words in cases.items():
+            with self.subTest(arguments):
+                status, out, err = run_main(*self.flags, *arguments)
+                self.assertEqual((status, out), (1, ""))
+                self.assertRegex(err, r"\Aflowserver: [^\n]+\n\Z")
+                self.assertIn(words, err)
+
+    @unittest.skipUnless(os.path.isdir("/dev/shm"), "needs a second file system")
+    def test_temp_folder_on_another_file_system_has_status_1(self) -> None:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+            if os.stat(other).st_dev == os.stat(self.folder).st_dev:
+                self.skipTest("needs a second file system")
+            status, _, err = run_main(*self.flags, "--temp-dir", other)
+        self.assertEqual(status, 1)
+        self.assertIn("not on the same file system", err)
+
+    @unittest.skipIf(not hasattr(os, "geteuid") or os.geteuid() == 0, "root may write")
+    def test_unwritable_folder_has_status_1(self) -> None:
+        os.mkdir(self.uploads, 0o500)
+        status, _, err = run_main(*self.flags)
+        self.assertEqual(status, 1)
+        self.assertIn(self.uploads, err)
+
+    def test_mistake_in_a_real_process_shows_no_traceback(self) -> None:
+        result = python("-I", "-W", "error", FILE, "--config", "", "--port", "many")
+        self.assertEqual((result.returncode, result.stdout), (2, ""))
+        self.assertRegex(result.stderr, r'\Aflowserver: --port: "many" [^\n]+\n\Z')
+
+    def test_user_is_added_and_may_log_in(self) -> None:
+        users = self.path("users", "# comment\nanna:old\n")
+        for name, password in (("anna", "gehe:im"), ("b\u00e4r", "x"), ("anna", "new:one")):
+            with mock.patch.object(sys, "stdin", io.StringIO(password + "\n")):
+                status, out, err = run_main("--users-file", users, "--add-user", name)
+            self.assertEqual((status, err), (0, ""))
+            self.assertIn(name, out)
+        text = source_of(users)
+        self.assertEqual(re.findall("(?m)^[^#:]+", text), ["b\u00e4r", "anna"])
+        self.assertNotIn("gehe", text)
+        if os.name == "posix":
+            self.assertEqual(os.stat(users).st_mode & 0o777, 0o600)
+        words = base64.b64encode(b"anna:new:one").decode()
+        self.assertEqual(flowserver.Users(users).authenticate("Basic " + words), "anna")
+
+    def test_user_without_a_password_is_not_added(self) -> None:
+        with mock.patch.object(sys, "stdin", io.StringIO("\n")):
+            status, _, err = run_main("--users-file", self.path("u"), "--add-user", "a")
+        self.assertEqual((status, err), (2, "flowserver: The password is empty.\n"))
+        self.assertFalse(os.path.exists(self.path("u")))
+
+    def test_password_is_asked_for_at_a_terminal(self) -> None:
+        terminal = mock.Mock()
+        terminal.isatty.return_value = True
+        with mock.patch.object(sys, "stdin", terminal):
+            with mock.patch.object(flowserver.getpass, "getpass", return_value="x") as asked:
+                status, _, _ = run_main("--users-file", self.path("u"), "--add-user", "a")
+        self.assertEqual(status, 0)
+        asked.assert_called_once()
+
+    def test_check_tells_what_holds(self) -> None:
+        status, out, _ = run_main(*self.flags, "--check")
+        self.assertEqual((status, "FAILED" in out), (0, False), out)
+        for words in (self.uploads, "locks hold", "a flush takes", "MiB are free"):
+            self.assertIn(words, out)
+        self.assertEqual(leftovers(self.uploads), {})
+
+    def test_check_tells_what_does_not_hold(self) -> None:
+        flags = [*self.flags, "--check", "--min-free-space", "999999T"]
+        status, out, _ = run_main(*flags)
+        self.assertEqual((status, out.count("FAILED")), (1, 1))
+        status, out, _ = run_main(*flags, "--upload-dir", self.path("file", "") + "/x")
+        self.assertEqual((status, out[:6]), (1, "FAILED"))
+
+
+@unittest.skipUnless(os.name == "posix", "needs signals of POSIX")
+class InProcessTest(InFolder):
+    """main() from start to end, in this very process."""
+
+    def run_server(self, action: Any, *arguments: str) -> Tuple[int, str, str]:
+        """Run main(); when it serves, call action(server) in another thread, end it."""
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        main_thread = threading.get_ident()
+
+        def started(server: FlowServer) -> None:
+            FlowServer.start(server)
+            thread = threading.Thread(target=act, args=(server,))
+            thread.start()
+            threads.append(thread)
+
+        def act(server: FlowServer) -> None:
+            try:
+                action(server)
+            finally:
+                signal.pthread_kill(main_thread, signal.SIGTERM)
+
+        threads: List[threading.Thread] = []
+        try:
+            with mock.patch.object(QuickServer, "start", started):
+                with mock.patch.object(flowserver, "FlowServer", QuickServer):
+                    return run_main(*self.flags, *arguments)
+        finally:
+            for thread in threads:
+                thread.join()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def test_server_says_where_it_is_and_where_files_go(self) -> None:
+        status, out, _ = self.run_server(lambda server: send_file(server, "a", noise(5)))
+        self.assertEqual(status, 0)
+        first, second = out.splitlines()
+        self.assertRegex(first, r"^flowserver [0-9.]+: open http://127\.0\.0\.1:[0-9]+/ in")
+        self.assertEqual(second, f"files go to {self.uploads}")
+        self.assertEqual(finished_files(self.uploads), {"a": noise(5)})
+
+    def test_every_address_is_told_and_a_public_one_is_warned_of(self) -> None:
+        entries = [(0, 0, 0, "", (host, 0)) for host in ("192.0.2.7", "192.0.2.7", "::2",
+            "127.0.0.1")]
+        with mock.patch.object(socket, "getaddrinfo", return_value=entries):
+            _, out, _ = self.run_server(lambda server: None, "--host", "0.0.0.0")
+        self.assertEqual(len(re.findall(r"also reachable as http://192\.0\.2\.7:", out)), 1)
+        self.assertNotIn("::2", out)
+        self.assertIn("users_file", out)
+
+    def test_log_goes_to_a_file_and_is_escaped(self) -> None:
+        log = self.path("x.log")
+        _, _, err = self.run_server(self.send_hostile, "--log-file", log)
+        text = source_of(log)
+        self.assertEqual(text, err)
+        self.assertEqual(text.count("\n"), 3)
+        self.assertIn(r'finished "a\u202eb', text.replace("_", r"\u202e"))
+        self.assertTrue(text.replace("\n", "").isprintable())
+
+    def send_hostile(self, server: FlowServer) -> None:
+        send_file(server, "a\u202eb", b"x")
+        send(server, "GET", "/%0d%0aforged%1b%5b31m")
+
+    def test_log_is_rotated(self) -> None:
+        def chatter(server: FlowServer) -> None:
+            for _ in range(50):
+                send(server, "GET", "/health")
+
+        sizes = ("--log-max-size", "1K", "--log-backups", "2")
+        self.run_server(chatter, "--log-file", self.path("x.log"), *sizes)
+        names = sorted(name for name in os.listdir(self.folder) if name != "up")
+        self.assertEqual(names, ["x.log", "x.log.1", "x.log.2"])
+        self.assertLessEqual(os.path.getsize(self.path("x.log.1")), KIB)
+
+    def test_log_level_is_obeyed(self) -> None:
+        def ask(server: FlowServer) -> None:
+            send(server, "GET", "/health")
+
+        _, _, err = self.run_server(ask, "--log-level", "warning")
+        self.assertEqual(err, "")
+
+
+class ProcessTest(InFolder):
+    """The file as users start it: alone, anywhere, and until they end it."""
+
+    def alone(self) -> str:
+        """Return the path of a copy in an empty folder."""
+        os.mkdir(self.path("empty"))
+        return shutil.copy(FILE, self.path("empty/flowserver.py"))
+
+    def check_works(self, server: Running) -> None:
+        answers = send_file(server, "d/a", noise(25), chunk_size=10)
+        self.assertEqual([answer.status for answer in answers], [200, 200])
+
+    def test_file_alone_runs_in_an_empty_folder(self) -> None:
+        with Running("--port", "0", file=self.alone(), cwd=self.path("empty")) as server:
+            self.check_works(server)
+            if os.name == "posix":
+                self.assertEqual(server.stop(signal.SIGTERM), 0)
+                self.assertNotIn("Warning", server.errors)
+        names = sorted(os.listdir(self.path("empty")))
+        self.assertEqual(names, ["flowserver.py", "uploads"])
+        self.assertEqual(finished_files(self.path("empty/uploads")), {"d/a": noise(25)})
+
+    def test_file_alone_writes_nothing_beside_itself(self) -> None:
+        file = self.alone()
+        os.chmod(self.path("empty"), 0o500)
+        self.addCleanup(os.chmod, self.path("empty"), 0o700)
+        with Running(*self.flags, file=file, cwd=self.folder) as server:
+            self.check_works(server)
+        self.assertEqual(os.listdir(self.path("empty")), ["flowserver.py"])
+        self.assertEqual(finished_files(self.uploads), {"d/a": noise(25)})
+
+    def test_it_runs_where_ssl_can_not_be_imported(self) -> None:
+        program = (
+            "import runpy, sys; sys.modules['ssl'] = None; sys.argv = sys.argv[1:];"
+            "runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
+        flags = ("-I", "-W", "error", "-c", program)
+        with Running("--config", "", *self.flags, flags=flags) as server:
+            self.check_works(server)
+        wrong = ("--certificate", FILE, "--private-key", FILE)
+        result = python(*flags, FILE, "--config", "", *self.flags, *wrong)
+        self.assertEqual(result.returncode, 2)
+        self.assertRegex(result.stderr, r"\Aflowserver: TLS can't be set up[^\n]+\n\Z")
+
+    def test_conf_ini_beside_the_file_is_read(self) -> None:
+        file = self.alone()
+        self.path("empty/conf.ini", "[server]\nport = 0\n[storage]\nupload_dir = ../in\n")
+        with Running(file=file, cwd=self.folder) as server:
+            self.check_works(server)
+            self.assertEqual(server.lines[1], f"files go to {self.path('in')}\n")
+
+    @unittest.skipUnless(os.name == "posix", "needs signals of POSIX")
+    def test_ended_in_the_middle_of_an_upload_it_resumes_after_the_start(self) -> None:
+        data = noise(25)
+        flags = ("--config", "", *self.flags)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with Running(*flags) as server, RawClient(server) as client:
+                self.assertEqual(send(server, *browser("a", data, 1, 10)).status, 200)
+                message = browser("a", data, 2, 10)
+                client.send(head_of(message), message.body[:-40])
+                until(lambda: sum(leftovers(self.uploads).values()) > 0)
+                client.socket.shutdown(socket.SHUT_WR)
+                self.assertEqual(server.stop(number), 0)
+                self.assertNotIn("Traceback", server.errors)
+        with Running(*flags) as server:
+            test = browser("a", data, 1, 10, "test")
+            self.assertEqual(send(server, *test).status, 200)
+            answer = send(server, *browser("a", data, 2, 10))
+            self.assertEqual(answer.json["status"], "complete")
+        self.assertEqual(finished_files(self.uploads), {"a": data})
+        self.assertEqual(leftovers(self.uploads), {})
+
+
+@unittest.skipUnless(os.path.exists("/proc/self/status"), "needs Linux")
+class MemoryTest(InFolder):
+    """Peak resident memory of the server; it depends on neither chunk nor file size."""
+
+    def peak(self, server: Running) -> int:
+        text = source_of(f"/proc/{server.process.pid}/status")
+        return int(re.search(r"VmHWM:\s+([0-9]+) kB", text)[1]) * KIB
+
+    def send_zeros(self, server: Running, name: str, size: int, mode: str) -> None:
+        """Send the first of two chunks of `size`, without having it in memory."""
+        changes = {"CurrentChunkSize": size, "TotalSize": 2 * size, "TotalChunks": 2,
+            "RelativePath": name}
+        message = browser("a", b"", 1, size, mode, sent=b"", **changes)
+        place = len(message.body) - len(BOUNDARY) - 8 if mode == "multipart" else 0
+        head = head_of(message).replace(
+            f"Content-Length: {len(message.body)}",
+            f"Content-Length: {len(message.body) + size}",
+        )
+        block = bytes(MIB)
+        with RawClient(server) as client:
+            client.send(head, message.body[:place])
+            for _ in range(size // MIB):
+                client.socket.sendall(block)
+            answer = client.send(message.body[place:]).answer()
+        self.assertEqual(answer and answer.json.get("received"), size)
+
+    def check_peak(self, size: int, mode: str, at_once: int) -> None:
+        with Running("--config", "", *self.flags) as server:
+            threads = [
+                threading.Thread(target=self.send_zeros, args=(server, f"{n}", size, mode))
+                for n in range(at_once)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            stored = leftovers(self.uploads)
+            self.assertEqual(list(stored.values()), [size] * at_once)
+            self.assertLess(self.peak(server), 60 * MIB)
+        shutil.rmtree(self.uploads)
+
+    def test_peak_is_small_after_a_chunk_of_96_mib(self) -> None:
+        for mode in ("multipart", "octet"):
+            with self.subTest(mode):
+                self.check_peak(96 * MIB, mode, 1)
+
+    @unittest.skipUnless(os.environ.get("FLOWSERVER_LONG"), "needs FLOWSERVER_LONG=1")
+    def test_peak_is_small_after_chunks_of_192_mib_one_and_eight_at_once(self) -> None:
+        for mode, at_once in itertools.product(("multipart", "octet"), (1, 8)):
+            with self.subTest(mode, at_once=at_once):
+                self.check_peak(192 * MIB, mode, at_once)
+
+
+if __name__ == "__main__":
+    unittest.main()
