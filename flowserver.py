@@ -1880,7 +1880,8 @@ class Store:
 
     def knows(self, upload: Upload) -> bool:
         """Return whether the upload was begun, or finished a while ago."""
-        return self.disk.stat_path(self._path(upload.key + ".ledger")) is not None
+        status = self.disk.stat_path(self._path(upload.key + ".ledger"))
+        return status is not None and status.st_size > 0
 
     def status(
         self, upload: Upload, sender: str
@@ -4866,8 +4867,12 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
             self.connection = self.server.tls.wrap_socket(
                 self.raw, server_side=True, do_handshake_on_connect=False
             )
-            with self.server.waiting(self.raw, self.connection):
-                self.connection.do_handshake()
+            try:
+                with self.server.waiting(self.raw, self.connection):
+                    self.connection.do_handshake()
+            except OSError:
+                self.connection.close()
+                raise
         self.wire = _Wire(self.connection, self.server)
 
     def handle(self) -> None:
