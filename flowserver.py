@@ -1428,6 +1428,7 @@ class _Ledger:
     def begin(self, values: Mapping[str, Any]) -> None:
         """A new upload begins, with `ranges` taken over from the finished one."""
         self.retire_data()
+        self.published_fd: Optional[int] = None  # of the finished file, if it is open
         self.upload = Upload(*values.get("upload", [self.key, "", -1]))
         self.generation: str = values.get("generation", "")
         self.opener: str = values.get("sender", "")
@@ -1493,7 +1494,8 @@ class _Ledger:
         """The file has its name."""
         self.finished = _Finished(**dict(values, last=tuple(values["last"])))
         self.is_announced = not self.finished.token
-        self.retire_data()  # nobody may hold what can be written to
+        self.published_fd = self.data_fd
+        self.retire_data()  # nobody may take it for what can be written to
 
     def announce(self) -> None:
         """on_complete has returned."""
@@ -2045,6 +2047,7 @@ class Store:
 
     def _close_data(self, ledger: _Ledger) -> None:
         ledger.retire_data()
+        ledger.published_fd = None
         while ledger.retired_fds:
             self.disk.close(ledger.retired_fds.pop())
 
@@ -2070,8 +2073,7 @@ class Store:
             size = status.st_size - ledger.offset
             ledger.read_lines(self.disk.read(ledger.fd, size, ledger.offset))
             ledger.is_torn = status.st_size > ledger.offset
-            if not self.disk.unlinks_open:
-                ledger.head = self.disk.read(ledger.fd, min(64, ledger.offset), 0)
+            self._know_head(ledger)
 
     @contextlib.contextmanager
     def entered(
@@ -2103,6 +2105,12 @@ class Store:
         self.disk.write(ledger.fd, lines, ledger.offset)
         ledger.is_torn = False
         ledger.read_lines(lines)
+        self._know_head(ledger)
+
+    def _know_head(self, ledger: _Ledger) -> None:
+        """Where a dropped ledger can't be unlinked, know it by how it begins."""
+        if not self.disk.unlinks_open and len(ledger.head) < 64:
+            ledger.head = self.disk.read(ledger.fd, min(64, ledger.offset), 0)
 
     def flush_ledger(self, ledger: _Ledger) -> None:
         """Return when the lines so far are on the disk; threads share a flush."""
@@ -2162,7 +2170,9 @@ class Store:
                     self._copy(published, fd, start, end)
                 self.disk.flush(fd)
                 self.publisher.flush_folder(self.state_dir)
-            except OSError:
+                if not self.is_intact(ledger):  # edited meanwhile
+                    raise _unsure()
+            except (OSError, FlowError):
                 self._discard(path)
                 raise
             finally:
@@ -2179,6 +2189,8 @@ class Store:
     def data(self, ledger: _Ledger) -> int:
         """Return a descriptor of the upload's bytes; never makes the file."""
         if ledger.data_fd is None:
+            if ledger.finished and ledger.published_fd is not None:
+                return ledger.published_fd
             if ledger.finished:
                 path = self.publisher.path(ledger.finished.path)
                 ledger.data_fd = self.disk.open(path, os.O_RDONLY)
@@ -2204,9 +2216,11 @@ class Store:
         with ledger.flushing:
             if ledger.flushed_writes >= wanted:
                 return
-            reached = ledger.writes
+            reached, fd = ledger.writes, ledger.data_fd
+            if fd is None:  # finished by others, who have flushed what is recorded
+                return
             try:
-                self.disk.flush(self.data(ledger))
+                self.disk.flush(fd)
             except OSError:
                 # A failed flush is told once: nobody may trust what it covered.
                 ledger.failed_flushes += 1
@@ -2246,6 +2260,21 @@ class Store:
         return True
 
     # Two versions under one identifier
+
+    def require_sure_notes(
+        self, ledger: _Ledger, body: Receiving, is_sure: bool = True
+    ) -> None:
+        """Raise Conflict when what came again may be of an earlier sending.
+
+        Then a new upload must not begin with it, nor may it be missing there: the
+        client begins once more, with nothing noted.
+        """
+        mine = [note for note in ledger.notes if note.sender == body.sender]
+        if mine and mine[-1].time < self.clock() - _NOTE_SECONDS:
+            is_sure = False
+        if mine and not (is_sure and not any(note.is_retry for note in mine)):
+            self.append(ledger, _ledger_line("afresh", body.sender))
+            raise _unsure()
 
     def refuse_difference(
         self, ledger: _Ledger, body: Receiving, start: int, end: int, is_late: bool
@@ -2318,7 +2347,7 @@ class Store:
                 one for one in self._bodies.get(ledger.key, ()) if one is not body
             ]
             if others:
-                self._deferred[ledger.key] = fields
+                self._deferred.setdefault(ledger.key, fields)
         return not others
 
     # The end
@@ -2342,6 +2371,13 @@ class Store:
         self.flush_ledger(ledger)
         if progress.is_new and self.announce:
             return progress._replace(is_new=self._announce_end(ledger))
+        if progress.done is None and ledger.finished:
+            # The end came while this waited; flow.js hands the answer that it gets last
+            # to the page, so the later one should know, too.
+            with self.locked(ledger):
+                if ledger.finished and not ledger.is_dead:
+                    self.flush_ledger(ledger)
+                    progress = progress._replace(done=self._done(ledger))
         return progress
 
     def _announce_end(self, ledger: _Ledger) -> bool:
@@ -2498,12 +2534,23 @@ class Store:
                     current = os.path.basename(self.data_path(ledger))
                     self._discard_all([name for name in datas if name != current])
                     is_ended = self._sweep_ledger(ledger, stale_after, keep_receipts)
-                goes_on = not ledger.is_dead and not ledger.finished
+                is_open = bool(ledger.generation) and not ledger.finished
+                goes_on = is_open and not ledger.is_dead
             if is_ended and self.announce and not ledger.is_announced:
                 self._announce_end(ledger)
             return goes_on
         finally:
             self.release(ledger)
+            if not self.disk.unlinks_open:
+                self._unlink_empty(key)
+
+    def _unlink_empty(self, key: str) -> None:
+        """Remove a dropped ledger that could not be removed while it was open."""
+        path = self._path(key + ".ledger")
+        with self._mutex:
+            status = self.disk.stat_path(path)
+            if status and not status.st_size and key not in self._ledgers:
+                self._discard(path)
 
     def _sweep_ledger(
         self, ledger: _Ledger, stale_after: float, keep_receipts: float
@@ -2521,10 +2568,11 @@ class Store:
                 self.drop(ledger)
         elif self._has_lost_data(ledger) and not self._published(ledger):
             self.drop(ledger)
-        elif ledger.is_complete and self._may_finish(ledger, None, {}):
-            self._finish(ledger, None, {})
         elif self._is_stale(ledger, age, stale_after):
             self.drop(ledger)
+        elif ledger.is_complete and (ledger.is_one_version or age > _QUIET_SECONDS):
+            if self._may_finish(ledger, None, {}):
+                self._finish(ledger, None, {})
         return bool(ledger.finished)
 
     def _has_lost_data(self, ledger: _Ledger) -> bool:
@@ -2532,7 +2580,7 @@ class Store:
         if ledger.boot and ledger.boot != self.disk.boot_id():
             return True
         status = self.disk.stat_path(self.data_path(ledger))
-        return ledger.ranges.end > (status.st_size if status else 0)
+        return status is None or ledger.ranges.end > status.st_size
 
     def _is_stale(self, ledger: _Ledger, age: float, stale_after: float) -> bool:
         if age <= stale_after or ledger.users > 1:
@@ -2684,8 +2732,10 @@ class Receiving:
 
     def close(self) -> None:
         """Let go; without a commit() nothing of it is left."""
-        self._way.close()
-        self.store.leave(self)
+        try:
+            self._way.close()
+        finally:
+            self.store.leave(self)
 
 
 class _Way:
@@ -2888,6 +2938,8 @@ class _Aside(_Way):
         """Bring the bytes into the upload; under the lock."""
         body, store = self.body, self.store
         if ledger.finished and self._is_new_version(ledger):
+            if not store.is_intact(ledger):
+                store.require_sure_notes(ledger, body, is_sure=False)
             store.begin_afresh(ledger, body.upload, body.sender, _noted(body, ledger))
         for low, high in ledger.ranges.within(body.start, body.end):
             if not _are_equal(self.disk, store.data(ledger), self.fd, low, high):
@@ -2993,25 +3045,9 @@ class _Repeated(_Way):
         with self.store.locked(self.ledger):
             if not self.is_current():
                 return None
-            self._require_sure_notes()
+            self.store.require_sure_notes(self.ledger, self.body)
         self.store.publisher.refuse_early(self.body.upload, self.body.is_whole)
         return _Aside(self.body, None, supersedes=self.generation)
-
-    def _require_sure_notes(self) -> None:
-        """Raise Conflict when what came again may be of an earlier sending.
-
-        Then the new upload must not begin with it, nor may it be missing there: the
-        client begins once more, with nothing noted.
-        """
-        mine = [one for one in self.ledger.notes if one.sender == self.body.sender]
-        limit = self.store.clock() - _NOTE_SECONDS
-        if mine and (mine[-1].time < limit or any(note.is_retry for note in mine)):
-            line = _ledger_line("afresh", self.body.sender)
-            self.store.append(self.ledger, line)
-            raise Conflict(
-                "Another version of this file was sent a while ago; please send this"
-                " one again from its beginning."
-            )
 
     def commit(self, fields: Mapping[str, str]) -> Optional[Progress]:
         ledger, store = self.ledger, self.store
@@ -3062,6 +3098,13 @@ def _noted(body: Receiving, ledger: _Ledger) -> List[Tuple[int, int]]:
             for gap in Ranges([(body.start, body.end)]).gaps(note.start, note.end):
                 noted.add(*gap)
     return list(noted)
+
+
+def _unsure() -> Conflict:
+    return Conflict(
+        "Another version of this file was sent a while ago; please send this one again"
+        " from its beginning."
+    )
 
 
 def _undone() -> Trouble:
