@@ -618,6 +618,9 @@ class MultipartParser:
         self, block: Any, position: int, end: int, events: List[Event]
     ) -> int:
         found: int = block.find(self._delimiter, position, end)
+        limit = end if found < 0 else found
+        if block.find(self._delimiter[2:], position, limit) >= 0:
+            raise Malformed("The first boundary of the form does not begin a line.")
         if found < 0:
             found = max(position, end - len(self._delimiter) + 1)
             self._spend_junk(found - position)
@@ -1025,7 +1028,8 @@ def printable(text: str) -> str:
 # When the file is published the ledger stays as the receipt.  A body that can't be
 # written in place (the whole file in one chunk, or a second attempt at a range that is
 # being written) goes to a private <token>-<n>.part first; <token>.live is locked by the
-# process whose parts those are, so that whoever starts later knows the dead ones.
+# process whose parts those are, so that whoever starts later knows the dead ones, and a
+# share of <key>.busy by each process that has bodies of an upload under way.
 
 BLOCK_SIZE = 256 * 1024
 _IDLE_LEDGERS = 64
@@ -1049,6 +1053,7 @@ class Disk:
     def __init__(self, sync: bool = True) -> None:
         self.sync = sync
         self.unlinks_open = os.name != "nt"  # and renames: files that are open
+        self.shares_locks = os.name != "nt"
         self.links = hasattr(os, "link") and self.unlinks_open
         self._relative = os.open in os.supports_dir_fd and os.link in os.supports_dir_fd
         self._flock = _find_file_lock()
@@ -1233,6 +1238,12 @@ class Disk:
     def unlock(self, fd: int) -> None:
         """Give the lock of an open file back."""
         self._flock(fd, False, False)
+
+    def share_lock(self, fd: int) -> None:
+        """Wait for a share of the lock of an open file; needs `shares_locks`."""
+        import fcntl
+
+        fcntl.flock(fd, fcntl.LOCK_SH)
 
 
 def _find_file_lock() -> Callable[[int, bool, bool], bool]:
@@ -1865,6 +1876,7 @@ class Store:
         self._ledgers: Dict[str, _Ledger] = {}
         self._idle: collections.OrderedDict[str, _Ledger] = collections.OrderedDict()
         self._bodies: Dict[str, List[Receiving]] = {}  # under way, by key
+        self._busy_fds: Dict[str, int] = {}  # tells other processes of them, by key
         self._deferred: Dict[str, Mapping[str, str]] = {}  # complete, by key: fields
         self._announcing: Dict[str, bool] = {}  # generations
         try:
@@ -1935,6 +1947,10 @@ class Store:
         with _explained():
             names = self.disk.list(self.state_dir)
             self.process.sweep(names)
+            for name in names:
+                if name.endswith(".busy"):  # of a process that was killed, maybe
+                    fd = self.disk.open(self._path(name), os.O_RDWR | os.O_CREAT)
+                    self._end_busy(name[:-5], fd)
         datas: Dict[str, List[str]] = {}
         for name in names:
             if name.endswith(".ledger"):
@@ -2061,6 +2077,7 @@ class Store:
             self._pid = os.getpid()
             for kept in (self._ledgers, self._idle, self._bodies, self._deferred):
                 kept.clear()
+            self._busy_fds.clear()
 
     def _close_data(self, ledger: _Ledger) -> None:
         ledger.retire_data()
@@ -2314,9 +2331,47 @@ class Store:
         raise _different()
 
     def join(self, body: Receiving) -> None:
-        """Count a body as under way."""
+        """Count a body as under way, and let other processes know."""
+        key = body.upload.key
         with self._mutex:
-            self._bodies.setdefault(body.upload.key, []).append(body)
+            self._notice_fork()
+            self._bodies.setdefault(key, []).append(body)
+            if not body.is_whole and self.disk.shares_locks:
+                if key not in self._busy_fds:
+                    self._busy_fds[key] = self._share_busy(key)
+
+    def _share_busy(self, key: str) -> int:
+        """Lock <key>.busy together with all who have bodies of an upload under way."""
+        path = self._path(key + ".busy")
+        while True:
+            fd = self.disk.open(path, os.O_RDWR | os.O_CREAT)
+            self.disk.share_lock(fd)
+            status = self.disk.stat_path(path)
+            if status and status.st_ino == self.disk.stat(fd).st_ino:
+                return fd
+            self.disk.close(fd)  # removed by the last of the others before it was ours
+
+    def _end_busy(self, key: str, fd: int) -> None:
+        """Let go of <key>.busy; the last one removes it."""
+        if self.disk.try_lock(fd):
+            self._discard(self._path(key + ".busy"))
+        self.disk.close(fd)
+
+    def _is_busy_elsewhere(self, key: str) -> bool:
+        """Whether another process has bodies of an upload under way."""
+        own = self._busy_fds.get(key)
+        if own is not None:
+            is_alone = self.disk.try_lock(own)
+            self.disk.share_lock(own)
+            return not is_alone
+        try:
+            fd = self.disk.open(self._path(key + ".busy"), os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            return not self.disk.try_lock(fd)
+        finally:
+            self.disk.close(fd)
 
     def leave(self, body: Receiving) -> None:
         """Count a body as ended; the last one finishes what had to wait for it."""
@@ -2329,13 +2384,18 @@ class Store:
                 return
             self._bodies.pop(key, None)
             fields = self._deferred.pop(key, None)
-        if fields is not None:
-            self._finish_deferred(body.upload, fields)
+            fd = self._busy_fds.pop(key, None)
+            ledger = self._ledgers.get(key)
+            is_mixed = ledger is not None and len(ledger.sent) > 1
+        if fd is not None:
+            self._end_busy(key, fd)
+        if fields is not None or (is_mixed and ledger and not ledger.finished):
+            self._finish_deferred(body.upload, fields or {})
 
     def _finish_deferred(self, upload: Upload, fields: Mapping[str, str]) -> None:
         try:
             with _explained(), self.entered(upload) as ledger:
-                if ledger is None or ledger.finished or ledger.is_contested:
+                if ledger is None or ledger.finished or not ledger.is_complete:
                     return
                 progress = self.settle(ledger, None, fields)
                 self.keep(ledger)
@@ -2353,19 +2413,19 @@ class Store:
 
         Two people may send different files under one identifier.  As clients begin
         their chunks in order, whoever has a difference to tell is still at it when the
-        last byte comes: then the end waits for all bodies under way.
+        last byte comes: then the end waits for all bodies under way, in all processes.
         """
         if ledger.is_one_version:
             return True
         if ledger.is_contested:
             return False
         with self._mutex:
-            others = [
-                one for one in self._bodies.get(ledger.key, ()) if one is not body
-            ]
-            if others:
+            bodies = self._bodies.get(ledger.key, ())
+            is_alone = all(one is body for one in bodies)
+            is_alone = is_alone and not self._is_busy_elsewhere(ledger.key)
+            if bodies and not is_alone:
                 self._deferred.setdefault(ledger.key, fields)
-        return not others
+        return is_alone
 
     # The end
 

@@ -1901,6 +1901,22 @@ class StoreTest(unittest.TestCase):
         late.close()
         self.assertEqual(self.files(), {"a.bin": self.data})
 
+    def test_end_waits_for_bodies_of_other_processes(self) -> None:
+        other = self.open()
+        put(self.store, self.data, 0, 300, "anna")
+        late = other.receive(upload_of(self.data), 0, 300, "bert")
+        late.write(self.data[:200])
+        put(self.store, self.data, 300, 600, "bert")
+        self.assertIsNone(put(self.store, self.data, 600, 900, "bert").done)
+        late.write(self.data[200:300])
+        self.assertIsNotNone(late.commit().done)
+        late.close()
+        self.assertEqual(self.files(), {"a.bin": self.data})
+        self.assertEqual([], [n for n in self.state() if n.endswith(".busy")])
+
+    def state(self) -> List[str]:
+        return os.listdir(os.path.join(self.folder, ".flowserver", "v1"))
+
     def test_second_attempt_wins_and_the_first_changes_nothing(self) -> None:
         for is_equal in (True, False):
             path, data = f"{is_equal}.bin", noise(900, 3)
@@ -2129,6 +2145,9 @@ class WindowsLikeTest(StoreTest):
 
     def test_two_versions_of_two_people_are_never_mixed(self) -> None:
         self.skipTest("needs a ledger that goes")
+
+    def test_end_waits_for_bodies_of_other_processes(self) -> None:
+        self.skipTest("needs locks that can be shared")
 
 
 class OpenFilesStay(flowserver.Disk):
