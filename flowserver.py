@@ -3218,7 +3218,7 @@ PAGE = r"""<!DOCTYPE html>
 [hidden], ul:empty { display: none !important; }
 body { padding: clamp(1rem, 4vw, 3rem) 1rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-main, footer { max-width: 46rem; margin: 0 auto; }
+main, footer { max-width: 46rem; margin: 0 auto; } footer { margin-top: 2rem; text-align: center; }
 h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -.01em; }
 h2, .name { flex: 1; font-size: inherit; font-weight: 600; }
 section, ul { margin-top: 1.25rem; background: var(--card); border: 1px solid var(--line);
@@ -3243,11 +3243,12 @@ progress::-moz-progress-bar { background: var(--bar, var(--accent)); }
 .soft, .numbers, footer { color: var(--soft); font-size: .9rem; }
 .row, .words, .buttons { display: flex; gap: .75rem; justify-content: space-between; }
 .words { flex-wrap: wrap; gap: 0 1rem; margin-top: .5rem; font-size: .9rem; }
-.words > * { min-height: 1.5em; overflow-wrap: anywhere; }
+.words > * { min-width: 6em; min-height: 1.5em; overflow-wrap: anywhere; }
+.numbers { flex: auto; text-align: end; } #share { min-width: 4em; text-align: end; }
 .buttons { flex-wrap: wrap; justify-content: flex-start; margin-top: 1rem; }
 #drop { padding: 2rem 1.25rem; border: 1.5px dashed #8593a1; text-align: center; }
-#drop > svg { width: 2.4rem; height: 2.4rem; stroke-width: 1; color: var(--accent); }
 #drop .buttons { justify-content: center; }
+#drop > svg { width: 2.4rem; height: 2.4rem; stroke-width: 1; color: var(--accent); }
 .dropping::after { content: ""; position: fixed; inset: 0; border: .5rem solid var(--accent); }
 li { padding: .6rem 1.25rem 1rem; content-visibility: auto; contain-intrinsic-size: auto 6.3rem; }
 li + li { border-top: 1px solid var(--line); } #all progress { height: .6rem; margin-top: .75rem; }
@@ -3257,9 +3258,8 @@ li .row { gap: 0; margin-right: -.75rem; }
 li.done .state { color: var(--good); } .failed .state, .lost .state { color: var(--bad); }
 .done .toggle, #all:not(.lost) #try-now { visibility: hidden; } li.failed { --bar: var(--bad); }
 #news { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-footer { margin-top: 2rem; text-align: center; }
 @media (max-width: 34rem) { .words, #drop .buttons { flex-direction: column; }
-  #all .buttons button { flex: 1 1 8rem; } }
+  .numbers { text-align: start; } #all .buttons button { flex: 1 1 8rem; } }
 @media (prefers-reduced-motion: reduce) { progress::-webkit-progress-value { transition: none; } }
 @media (forced-colors: active) { progress { border: 1px solid; --rail: Canvas; --bar: Highlight; } }
 </style>
@@ -3656,7 +3656,7 @@ async function add(files) {
     uploads.add(upload);
     $('#list').append(upload.row);
     announce(`${path} added`);
-    if (uploads.size % 500 === 0) await new Promise(resolve => setTimeout(resolve));
+    if (uploads.size % 100 === 0) await new Promise(resolve => setTimeout(resolve));
   }
   pump();
 }

@@ -251,9 +251,7 @@ class Server:
             self._progress.move(-moved)
         return response, data
 
-    def _judge(
-        self, response: http.client.HTTPResponse, data: bytes
-    ) -> Dict[str, Any]:
+    def _judge(self, response: http.client.HTTPResponse, data: bytes) -> Dict[str, Any]:
         try:
             answer = json.loads(data)
         except ValueError:
