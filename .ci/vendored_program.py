@@ -1,0 +1,108 @@
+"""A program that uses every public name of flowserver, for `mypy --strict`."""
+
+from __future__ import annotations
+
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Optional
+from wsgiref.simple_server import make_server
+
+from flowserver import (
+    Disk,
+    Done,
+    FlowError,
+    FlowHandler,
+    FlowHandlerMixin,
+    FlowServer,
+    Incoming,
+    MultipartParser,
+    Part,
+    Request,
+    Response,
+    Settings,
+    Store,
+    Upload,
+    UploadApp,
+    boundary_of,
+    create_app,
+    main,
+    safe_path,
+    upload_key,
+    wsgi_request,
+)
+
+
+def authorize(request: Request) -> Optional[str]:
+    return None if request.headers.get("x-user") else "Log in first."
+
+
+def owner(request: Request) -> str:
+    return request.headers["x-user"]
+
+
+def place(incoming: Incoming) -> str:
+    return f"{incoming.owner}/{incoming.fields.get('project', '')}/{incoming.filename}"
+
+
+def arrived(done: Done) -> None:
+    size: int = done.size
+    print(done.id, done.path, size, dict(done.fields))
+
+
+def application() -> UploadApp:
+    settings = Settings(upload_dir="uploads", max_file_size="10G", sync=False)
+    limit: int = settings.max_file_size
+    print(limit, settings.upload_dir.upper())
+    hooks = {"authorize": authorize}
+    return UploadApp(settings, arrived, hooks["authorize"], owner, place)
+
+
+def answer(app: UploadApp) -> bytes:
+    response: Response = app.handle(Request("GET", "/health"))
+    names = [name.lower() for name, _ in response.headers]
+    return response.body if response.status == 200 and names else b""
+
+
+def keep(content: bytes) -> str:
+    path = safe_path("films/a.bin")
+    store = Store("uploads", disk=Disk(sync=True), announce=arrived)
+    upload = Upload(upload_key("ann", "a", path, len(content)), path, len(content))
+    with store.receive(upload, 0, len(content), sender="ann") as body:
+        body.write(content)
+        progress = body.commit({"project": "one"})
+    received: int = progress.received
+    return progress.done.path if progress.done else f"{received} bytes"
+
+
+def parts(content_type: str, body: bytes) -> list[str]:
+    boundary = boundary_of(content_type)
+    if boundary is None:
+        return []
+    parser = MultipartParser(boundary, max_parts=3)
+    names = [one.name for one in parser.feed(body) if isinstance(one, Part)]
+    parser.close()
+    return names
+
+
+class Handler(FlowHandlerMixin, BaseHTTPRequestHandler):
+    uploads = application()
+
+    def do_POST(self) -> None:
+        self.handle_upload()
+
+
+class OwnHandler(FlowHandler):
+    pass
+
+
+def serve() -> int:
+    app = create_app("conf.ini")
+    with FlowServer(app, OwnHandler) as server:
+        print(server.url.upper())
+    make_server("127.0.0.1", 0, app).handle_request()
+    ThreadingHTTPServer(("127.0.0.1", 0), Handler).server_close()
+    print(wsgi_request({"REQUEST_METHOD": "GET"}).method)
+    try:
+        return main(["--version"])
+    except FlowError as error:
+        print(error)
+        return 1
