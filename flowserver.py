@@ -5555,13 +5555,13 @@ def _trials(store: Store, settings: Settings) -> Iterator[Tuple[bool, str]]:
         yield True, link if store.disk.links else "a rename never overwrites"
     else:
         yield True, "no hard links: names are checked under a lock (see README)"
-    seconds = _flush_seconds(store)
-    yield True, f"a flush takes {seconds * 1000:.2f} ms (sync is {settings.sync})"
-    free = store.disk.free_space(store.upload_dir)
-    is_enough = free > settings.min_free_space
+    milliseconds = _flush_seconds(store) * 1000
+    state = "on" if settings.sync else "off"
+    yield True, f"a flush takes {milliseconds:.2f} ms (sync is {state})"
+    free, floor = store.disk.free_space(store.upload_dir), settings.min_free_space
     yield (
-        is_enough,
-        f"{free >> 20} MiB are free (min_free_space is enough: {is_enough})",
+        free > floor,
+        f"{free >> 20} MiB are free, min_free_space is {floor >> 20} MiB",
     )
     yield _clock_is_steady(store), "the clock of the file system agrees with ours"
 

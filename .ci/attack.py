@@ -1,7 +1,7 @@
 """What the attacks on the store have in common: a server to kill, a client, a judge.
 
 A server here is a process of its own with a real socket, forked from the test, so that
-it is there in milliseconds; `CommandServer` is `python flowserver.py` as users start it.
+it is there in milliseconds; `CommandServer` is `python flowserver.py` as users have it.
 
 FLOWSERVER_FILE names another flowserver.py, to see these tests fail on a broken one.
 """
@@ -178,7 +178,7 @@ class Client:
         body: bytes | None = None,
         headers: Mapping[str, str] = {},
     ) -> Answer | None:
-        """Return the answer; None when there was none, as when the server was killed."""
+        """Return the answer; None when there was none: the server was killed."""
         try:
             if self.connection is None:
                 self.connection = http.client.HTTPConnection(
@@ -208,7 +208,7 @@ class Client:
     def send(
         self, file: File, tests: bool, numbers: Iterable[int] = ()
     ) -> list[Answer]:
-        """Send a file, or chunks of it, as flow.js does; it stops at the first refusal."""
+        """Send a file, or chunks of it, as flow.js does, up to the first refusal."""
         answers = []
         for number in numbers or range(1, file.count + 1):
             found = self.test(file, number) if tests else None
@@ -276,7 +276,7 @@ class KillingDisk(flowserver.Disk):
         os.fstat(folder.fd)
 
     def counted(self) -> int:
-        """Count one more call, when there is something to count for; return its number."""
+        """Count one more call when that is wanted; return its number."""
         target, moment, made = self.LAYOUT.unpack_from(self.memory)
         if not target:
             return -1

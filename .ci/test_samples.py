@@ -482,6 +482,7 @@ class SamplePages:
             before = len(self.requests())
             test_page.BROWSER.run("return new Promise(done => setTimeout(done, 1500))")
             self.assertEqual(len(self.requests()), before)
+            self.assertEqual(list(self.server.finished_files()), [])
             test_page.BROWSER.network()
             self.press("Resume", "long.bin")
             self.wait_until_finished(1)

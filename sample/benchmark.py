@@ -4,21 +4,21 @@
     python sample/benchmark.py [--quick] [--folder DIR] [--rounds N] [--sync on|off]
 
 Every server is a process of its own, started as users start it, with its log in a file.
-This process is the load: a single thread that keeps connections alive and sends with
+This process is the load: one thread that keeps connections alive and sends with
 sendfile.  The servers take turns within each round, so that what else the machine does
-hits all of them; figures are medians of the rounds, and ratios are medians of the ratios
-within a round.
+hits all of them; figures are medians of the rounds, ratios the medians of the ratios
+within each round.
 
-*limit* is a bare loop in Python (threads, 256 KiB buffers): it receives the same bytes
-and writes chunks one after the other into one file, makes, writes and links a new file
-for each small one, and flushes what flowserver flushes.  It checks and remembers nothing.
-*nginx* (DAV PUT, one file per chunk) and *copyparty* (PUT of small files) are measured
-when they are installed; neither of them ever flushes.
+*limit* is a bare loop in Python, threads with 256 KiB buffers: it receives the same
+bytes, writes chunks one behind the other into one file, makes, writes and links a file
+for each small one, and flushes what flowserver flushes.  It checks and remembers
+nothing.  *nginx* (DAV PUT, one file per chunk) and *copyparty* (PUT of small files) are
+measured when they are installed; neither of them ever flushes.
 
-A trap of ext4: it passes over the inodes of files deleted in the last minutes, and
-making files gets up to ten times slower.  So nothing is deleted while it runs: files are
-emptied, names are new in each round, and the folder for all of it is marked as a top one,
-which puts what is in it where another run has not deleted anything.
+A trap of ext4: it passes over the inodes of files deleted in the last minutes, so that
+making files is up to ten times slower after many were deleted.  Therefore nothing is
+deleted while this runs: files are emptied, names are new in each round, and each server
+gets the folder, of some in different places of the disk, where files are made fastest.
 """
 
 from __future__ import annotations
@@ -40,34 +40,43 @@ import tempfile
 import threading
 import time
 import urllib.parse
-import urllib.request
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, TextIO, Tuple
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+)
 
 MIB = 1 << 20
 BLOCK_SIZE = 256 * 1024
 SOURCE_SIZE = 16 * MIB
 STALLED_SECONDS = 60.0
-FLOWSERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../flowserver.py")
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class Row(NamedTuple):
-    """One kind of load; `quick_count` takes the place of `count` with --quick."""
+    """One kind of load; with --quick there are `few` requests instead of `requests`."""
 
     title: str
     kind: str  # "chunk": of one upload; "file": each an upload; "test": a question
     size: int  # of the body's file, in bytes
-    count: int
-    quick_count: int
+    requests: int
+    few: int
     is_form: bool = False  # multipart/form-data, else the bytes alone
     connections: int = 3
 
 
 ROWS = (
-    Row("1 MiB chunks, octet", "chunk", MIB, 512, 32),
-    Row("1 MiB chunks, multipart", "chunk", MIB, 512, 32, is_form=True),
-    Row("16 MiB chunks, octet", "chunk", 16 * MIB, 48, 3),
-    Row("16 MiB chunks, multipart", "chunk", 16 * MIB, 48, 3, is_form=True),
-    Row("8 MiB chunks, multipart, 64 connections", "chunk", 8 * MIB, 128, 8, True, 64),
+    Row("1 MiB chunks, octet", "chunk", MIB, 256, 32),
+    Row("1 MiB chunks, multipart", "chunk", MIB, 256, 32, is_form=True),
+    Row("16 MiB chunks, octet", "chunk", 16 * MIB, 24, 3),
+    Row("16 MiB chunks, multipart", "chunk", 16 * MIB, 24, 3, is_form=True),
+    Row("8 MiB chunks, multipart, 64 connections", "chunk", 8 * MIB, 128, 64, True, 64),
     Row("4 KiB files, octet", "file", 4096, 2000, 150),
     Row("4 KiB files, multipart", "file", 4096, 2000, 150, is_form=True),
     Row("test requests", "test", 0, 5000, 300),
@@ -94,7 +103,7 @@ class Figures(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What issue and README promise: our rate, or our CPU seconds, beside another's."""
+    """What the README promises: our rate, or our CPU seconds, beside another's."""
 
     sync: str
     title: str  # how the titles of its rows begin
@@ -164,7 +173,7 @@ class Connection:
         return not self.steps
 
     def receive(self) -> bool:
-        """Take what came; return whether the answer is whole; anything but 2xx ends us."""
+        """Take what came; return whether the answer is whole; only 2xx will do."""
         block = self.socket.recv(65536)
         self.answer += block
         head, found, body = self.answer.partition(b"\r\n\r\n")
@@ -177,35 +186,33 @@ class Connection:
 def run_load(
     address: Tuple[str, int], source: int, orders: Iterator[Order], connections: int
 ) -> List[float]:
-    """Send all orders over so many connections; return the seconds that each one took."""
-    selector, latencies = selectors.DefaultSelector(), []
-    busy = 0
-    for order in [order for _, order in zip(range(connections), orders)]:
-        connection = Connection(address, source)
-        connection.begin(order)
-        selector.register(connection.socket, selectors.EVENT_WRITE, connection)
-        busy += 1
-    while busy:
-        ready = selector.select(STALLED_SECONDS)
-        if not ready:
-            raise SystemExit(f"A server has stalled for {STALLED_SECONDS:.0f} s.")
-        for key, events in ready:
-            connection = key.data
-            if events & selectors.EVENT_READ:
-                if not connection.receive():
-                    continue
-                latencies.append(time.perf_counter() - connection.began)
-                order = next(orders, None)
-                if order is None:
-                    selector.unregister(connection.socket)
-                    connection.socket.close()
-                    busy -= 1
-                    continue
-                connection.begin(order)
-            wanted = selectors.EVENT_READ if connection.send() else selectors.EVENT_WRITE
-            if wanted != key.events:
-                selector.modify(connection.socket, wanted, connection)
-    selector.close()
+    """Send all orders over so many connections; return the seconds that each took."""
+    latencies: List[float] = []
+    with selectors.DefaultSelector() as selector:
+        for _, order in zip(range(connections), orders):
+            connection = Connection(address, source)
+            connection.begin(order)
+            selector.register(connection.socket, selectors.EVENT_WRITE, connection)
+        while selector.get_map():
+            ready = selector.select(STALLED_SECONDS)
+            if not ready:
+                raise SystemExit(f"A server has stalled for {STALLED_SECONDS:.0f} s.")
+            for key, events in ready:
+                connection = key.data
+                if events & selectors.EVENT_READ:
+                    if not connection.receive():
+                        continue
+                    latencies.append(time.perf_counter() - connection.began)
+                    following = next(orders, None)
+                    if following is None:
+                        selector.unregister(connection.socket)
+                        connection.socket.close()
+                        continue
+                    connection.begin(following)
+                is_sent = connection.send()
+                wanted = selectors.EVENT_READ if is_sent else selectors.EVENT_WRITE
+                if wanted != key.events:
+                    selector.modify(connection.socket, wanted, connection)
     return latencies
 
 
@@ -216,50 +223,42 @@ class Server:
     """A server under load; `can` says which kinds of rows it takes."""
 
     name = ""
-    can = ("chunk", "file", "test")
+    can: Tuple[str, ...] = ("chunk", "file", "test")
 
     def __init__(self, folder: str, sync: str) -> None:
         self.folder = quick_folder(folder)
         self.uploads = os.path.join(self.folder, "uploads")
         self.sync = sync
         os.makedirs(self.uploads)
+        self.port = 0  # any; the server prints which
         self.address = ("127.0.0.1", 0)
         self.process: Any = None
 
     def start(self) -> None:
         """Start the process and wait until it answers."""
-        with open(os.path.join(self.folder, "errors.log"), "wb") as errors:
+        output = os.path.join(self.folder, "output")
+        with open(output, "wb") as file:
             self.process = subprocess.Popen(
                 self.command(),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
+                stdout=file,
+                stderr=subprocess.STDOUT,
                 cwd=self.folder,
             )
-        self.find_port()
+        deadline = time.monotonic() + STALLED_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with open(output, encoding="utf-8", errors="replace") as printed:
+                match = re.search(r"http://127\.0\.0\.1:([0-9]+)/", printed.read())
+            self.address = ("127.0.0.1", self.port or int(match[1] if match else 0))
+            with contextlib.suppress(OSError):
+                socket.create_connection(self.address, 1).close()
+                return
+            time.sleep(0.02)
+        raise SystemExit(f"{self.name} did not start.")
 
     def command(self) -> List[str]:
         """Return what a user would type."""
         raise NotImplementedError
-
-    def find_port(self) -> None:
-        """Learn the port from what the server prints."""
-        for line in self.process.stdout:
-            match = re.search(rb"http://127\.0\.0\.1:([0-9]+)/", line)
-            if match:
-                self.address = ("127.0.0.1", int(match[1]))
-                return
-        raise SystemExit(f"{self.name} did not start.")
-
-    def wait_for_port(self, port: int) -> None:
-        """Wait until a server that was told its port listens there."""
-        self.address = ("127.0.0.1", port)
-        for _ in range(200):
-            with contextlib.suppress(OSError):
-                socket.create_connection(self.address, 1).close()
-                return
-            time.sleep(0.05)
-        raise SystemExit(f"{self.name} did not start.")
 
     def orders(self, row: Row, tag: str) -> Iterator[Order]:
         """Yield the requests of a row; `tag` is new each time."""
@@ -274,7 +273,6 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-            self.process.stdout.close()
 
     def empty(self) -> None:
         """Give back the room of large files; see the trap in this file's docstring."""
@@ -289,7 +287,7 @@ class Flowserver(Server):
     """The server that all of this is about."""
 
     name = "flowserver"
-    program = FLOWSERVER
+    program = os.path.join(os.path.dirname(HERE), "flowserver.py")
 
     def command(self) -> List[str]:
         settings = {"config": "", "port": "0", "upload-dir": self.uploads}
@@ -301,18 +299,18 @@ class Flowserver(Server):
         if row.kind == "test":
             yield from self.test_orders(row, tag)
             return
-        for number in range(1, row.count + 1):
+        for number in range(1, row.requests + 1):
             yield _post(row, number, tag, "/upload")
 
     def test_orders(self, row: Row, tag: str) -> Iterator[Order]:
         """Ask in turn for a chunk that is there and for one that is not."""
-        chunk = row._replace(kind="chunk", size=1000, count=2)
+        chunk = row._replace(kind="chunk", size=1000, requests=2)
         head, offset, size, _ = _post(chunk, 1, tag, "/upload")
         connection = socket.create_connection(self.address, STALLED_SECONDS)
         connection.sendall(head + bytes(size))
         assert b" 200 " in connection.recv(65536)
         connection.close()
-        for number in range(row.count):
+        for number in range(row.requests):
             query = urllib.parse.urlencode(_parameters(chunk, number % 2 + 1, tag))
             yield Order(_head("GET", "/upload?" + query, 0), 0, 0, b"")
 
@@ -333,31 +331,29 @@ class Limit(Flowserver):
         return [sys.executable, me, "--bare-loop", self.uploads, "--sync", self.sync]
 
     def test_orders(self, row: Row, tag: str) -> Iterator[Order]:
-        chunk = row._replace(size=1000, count=2)
-        for number in range(row.count):
+        chunk = row._replace(size=1000, requests=2)
+        for number in range(row.requests):
             query = urllib.parse.urlencode(_parameters(chunk, number % 2 + 1, tag))
             yield Order(_head("GET", "/upload?" + query, 0), 0, 0, b"")
 
 
 class Nginx(Server):
-    """nginx's own upload: DAV PUT, one file per chunk, with its log as users have it."""
+    """nginx's own upload: DAV PUT, one file per chunk, and a log, as users have it."""
 
     name = "nginx"
     can = ("chunk", "file")
 
     def command(self) -> List[str]:
-        port = _free_port()
+        self.port = _free_port()
         config = os.path.join(self.folder, "nginx.conf")
         with open(config, "w", encoding="utf-8") as file:
-            file.write(NGINX.format(port=port, folder=self.folder, user=_nginx_user()))
-        self.address = ("127.0.0.1", port)
+            file.write(
+                NGINX.format(port=self.port, folder=self.folder, user=_nginx_user())
+            )
         return [_nginx_program(), "-c", config, "-p", self.folder]
 
-    def find_port(self) -> None:
-        self.wait_for_port(self.address[1])
-
     def orders(self, row: Row, tag: str) -> Iterator[Order]:
-        for number in range(1, row.count + 1):
+        for number in range(1, row.requests + 1):
             yield _put(row, number, f"/{tag}-{number}")
 
 
@@ -368,16 +364,13 @@ class Copyparty(Server):
     can = ("file",)
 
     def command(self) -> List[str]:
-        self.address = ("127.0.0.1", _free_port())
+        self.port = _free_port()
         place = f"{self.uploads}::rw"
-        options = ["-q", "-i", "127.0.0.1", "-p", str(self.address[1]), "-v", place]
+        options = ["-i", "127.0.0.1", "-p", str(self.port), "-v", place]
         return [sys.executable, "-m", "copyparty"] + options
 
-    def find_port(self) -> None:
-        self.wait_for_port(self.address[1])
-
     def orders(self, row: Row, tag: str) -> Iterator[Order]:
-        for number in range(1, row.count + 1):
+        for number in range(1, row.requests + 1):
             yield _put(row, number, f"/{tag}-{number}.bin")
 
 
@@ -424,7 +417,7 @@ def _free_port() -> int:
 def _parameters(row: Row, number: int, tag: str) -> Dict[str, object]:
     """Return what flow.js would send with a chunk, or with a file of one chunk."""
     is_file = row.kind == "file"
-    size = row.size if is_file else row.size * row.count
+    size = row.size if is_file else row.size * row.requests
     name = f"{tag}-{number}.bin" if is_file else f"{tag}.bin"
     return {
         "flowChunkNumber": 1 if is_file else number,
@@ -434,7 +427,7 @@ def _parameters(row: Row, number: int, tag: str) -> Dict[str, object]:
         "flowIdentifier": f"{size}-{name.replace('.', '')}",
         "flowFilename": name,
         "flowRelativePath": name,
-        "flowTotalChunks": 1 if is_file else row.count,
+        "flowTotalChunks": 1 if is_file else row.requests,
     }
 
 
@@ -453,9 +446,9 @@ def _post(row: Row, number: int, tag: str, path: str) -> Order:
         target = path + "?" + urllib.parse.urlencode(parameters)
         return _put(row, number, target, "POST")
     word = "----flowserverBenchmark7MA4YWxk"
-    field = 'Content-Disposition: form-data; name="{}"'
-    fields = [f"--{word}\r\n{field.format(k)}\r\n\r\n{v}\r\n" for k, v in parameters.items()]
-    begin = "".join(fields) + f"--{word}\r\n{field.format('file')}; filename=\"blob\"\r\n"
+    part = f"--{word}\r\nContent-Disposition: form-data; name="
+    fields = [f'{part}"{name}"\r\n\r\n{text}\r\n' for name, text in parameters.items()]
+    begin = "".join(fields) + f'{part}"file"; filename="blob"\r\n'
     begin += "Content-Type: application/octet-stream\r\n\r\n"
     end = f"\r\n--{word}--\r\n"
     length = len(begin) + row.size + len(end)
@@ -492,8 +485,9 @@ def cpu_seconds(pid: int) -> float:
 def forget_peak(pid: int) -> None:
     """Let the peak of memory begin at what is in use now."""
     for member in _family(pid):
-        with contextlib.suppress(OSError), open(f"/proc/{member}/clear_refs", "w") as file:
-            file.write("5")
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{member}/clear_refs", "w") as file:
+                file.write("5")
 
 
 def peak_mib(pid: int) -> float:
@@ -521,7 +515,7 @@ def file_system(path: str) -> str:
 
 
 def flush_ms(folder: str) -> float:
-    """Return what a flush of 4 KiB that were added to a file costs, the median of 20."""
+    """Return what a flush of 4 KiB added to a file costs, the median of 20."""
     flush, times = getattr(os, "fdatasync", os.fsync), []
     with open(os.path.join(folder, "flushed"), "wb", buffering=0) as file:
         for _ in range(20):
@@ -549,7 +543,7 @@ def mark_as_top(folder: str) -> None:
 
 
 def quick_folder(parent: str) -> str:
-    """Make the folder, of some, in which files are made the fastest; see the trap above.
+    """Make the folder, of some, in which files are made fastest; see the trap above.
 
     Where ext4 puts a folder of a top one depends on its name alone.
     """
@@ -577,6 +571,9 @@ def machine() -> str:
 # ---- the measurement -----------------------------------------------------------------
 
 
+Key = Tuple[str, Row, str]  # sync, load, name of the server
+
+
 class Benchmark:
     """All rows, server beside server, round after round."""
 
@@ -584,7 +581,7 @@ class Benchmark:
         self.options = options
         self.folder = folder
         self.deadline = time.monotonic() + options.limit
-        self.results: Dict[Tuple[str, Row, str], List[Figures]] = {}
+        self.results: Dict[Key, List[Figures]] = {}
         source = os.path.join(folder, "source")
         with open(source, "wb") as file:
             file.write(secrets.token_bytes(SOURCE_SIZE) * 2)
@@ -595,7 +592,8 @@ class Benchmark:
         wanted = self.options.rows
         rows = [row for row in ROWS if not wanted or re.search(wanted, row.title)]
         for sync in self.options.sync:
-            servers = [kind(self.folder, sync) for kind in contenders(self.options, sync)]
+            kinds = contenders(self.options, sync)
+            servers: List[Server] = [kind(self.folder, sync) for kind in kinds]
             try:
                 for server in servers:
                     server.start()
@@ -609,7 +607,7 @@ class Benchmark:
     def run_row(self, sync: str, row: Row, servers: Sequence[Server]) -> None:
         """Measure one row, each server once in each round, in a changing order."""
         if self.options.quick:
-            row = row._replace(count=row.quick_count)
+            row = row._replace(requests=row.few)
         able = [server for server in servers if row.kind in server.can]
         for number in range(self.options.rounds):
             if number and time.monotonic() > self.deadline:
@@ -634,21 +632,21 @@ class Benchmark:
         median = statistics.median(latencies)
         return Figures(seconds, cpu, peak_mib(pid), median * 1000, slow * 1000)
 
-    def ratio(self, key: Tuple[str, Row, str], other: str, figure: str) -> Optional[float]:
+    def ratio(self, key: Key, other: str, figure: str = "rate") -> Optional[float]:
         """Return the median of the ratios within each round; None without figures."""
-        mine, theirs = self.results[key], self.results.get(key[:2] + (other,))
-        if not theirs:
+        mine, theirs = self.results[key], self.results.get(key[:2] + (other,), ())
+        if not theirs or not all(figures.cpu_seconds for figures in theirs):
             return None
         if figure == "cpu":
             pairs = [(a.cpu_seconds, b.cpu_seconds) for a, b in zip(mine, theirs)]
         else:
             pairs = [(b.seconds, a.seconds) for a, b in zip(mine, theirs)]
-        return statistics.median(a / max(b, 0.01 if figure == "cpu" else 1e-9) for a, b in pairs)
+        return statistics.median(a / b for a, b in pairs)
 
 
-def contenders(options: argparse.Namespace, sync: str) -> List[type]:
-    """Return the classes of the servers that can be measured here."""
-    kinds: List[type] = [Flowserver, Limit]
+def contenders(options: argparse.Namespace, sync: str) -> List[Type[Server]]:
+    """Return the kinds of servers that can be measured here."""
+    kinds: List[Type[Server]] = [Flowserver, Limit]
     if options.against:
         OtherFlowserver.program = options.against
         kinds.append(OtherFlowserver)
@@ -662,22 +660,32 @@ def contenders(options: argparse.Namespace, sync: str) -> List[type]:
 def progress(text: str) -> None:
     """Show what is under way, on a terminal in one line."""
     if sys.stderr.isatty():
-        print(f"\r{text:<79}"[:80], end="" if text else "\r", file=sys.stderr, flush=True)
+        sys.stderr.write(f"\r{text[:79]:<79}" + ("" if text else "\r"))
     elif text:
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 # ---- the report ----------------------------------------------------------------------
 
-COLUMNS = ("server", "MiB/s", "requests/s", "CPU s", "peak MiB", "median ms", "99 % ms")
+COLUMNS = (
+    "load",
+    "server",
+    "MiB/s",
+    "requests/s",
+    "CPU s",
+    "peak MiB",
+    "median ms",
+    "99 % ms",
+) + ("of limit", "of nginx")
 
 
 def report(benchmark: Benchmark) -> None:
     """Print one table for each value of sync, and what became of the targets."""
     print(f"\n{machine()}\n{benchmark.options.place}")
     for sync in benchmark.options.sync:
-        print(f"\n## sync {sync}\n\n| load | {' | '.join(COLUMNS)} | of limit | of nginx |")
-        print("|---" * (len(COLUMNS) + 3) + "|")
+        print(f"\n## sync {sync}\n\n| {' | '.join(COLUMNS)} |")
+        print("|---|---" + "|---:" * (len(COLUMNS) - 2) + "|")
         for key in benchmark.results:
             if key[0] == sync:
                 print("| " + " | ".join(table_row(benchmark, key)) + " |")
@@ -686,43 +694,51 @@ def report(benchmark: Benchmark) -> None:
         print(line)
 
 
-def table_row(benchmark: Benchmark, key: Tuple[str, Row, str]) -> List[str]:
+def table_row(benchmark: Benchmark, key: Key) -> List[str]:
     """Return the cells of one server and row."""
     _, row, name = key
     rounds = benchmark.results[key]
     seconds, cpu, peak, median, slow = map(statistics.median, zip(*rounds))
-    rate = f"{row.size * row.count / MIB / seconds:.0f}" if row.size >= MIB else ""
-    title = f"{row.title} ({row.count:,}, {len(rounds)} rounds)"
-    cells = [title if name == "flowserver" else "", name, rate, f"{row.count / seconds:,.0f}"]
-    cells += [f"{cpu:.2f}", f"{peak:.0f}", f"{median:.2f}", f"{slow:.2f}"]
+    rate = f"{row.size * row.requests / MIB / seconds:,.0f}" if row.size >= MIB else ""
+    times = f"{row.requests:,} x {len(rounds)} rounds"
+    cells = [f"{row.title} ({times})" if name == "flowserver" else "", name, rate]
+    cells += [f"{row.requests / seconds:,.0f}", f"{cpu:.2f}", f"{peak:.0f}"]
+    cells += [f"{median:.2f}", f"{slow:.2f}"]
     for other in ("limit", "nginx"):
-        ratio = benchmark.ratio(key, other, "rate")
-        cells.append(f"{ratio:.2f}x" if ratio and name != other else "")
+        ratio = benchmark.ratio(key, other)
+        cells.append(f"{ratio:.2f}" if ratio and name != other else "")
     return cells
 
 
 def target_lines(benchmark: Benchmark) -> Iterator[str]:
     """Yield a line for each target that could be measured."""
-    for target in TARGETS:
-        for key in benchmark.results:
-            is_meant = key[2] == "flowserver" and key[1].title == target.title
-            if key[0] != target.sync or not is_meant:
+    for key in benchmark.results:
+        sync, row, name = key
+        if name != "flowserver":
+            continue
+        for target in TARGETS:
+            if (target.sync, target.title) != (sync, row.title):
                 continue
             ratio = benchmark.ratio(key, target.rival, target.figure)
-            if ratio is None:
-                continue
-            is_cpu = target.figure == "cpu"
-            is_met = ratio <= target.ratio if is_cpu else ratio >= target.ratio
-            yield (
-                f"{'met   ' if is_met else 'missed'} sync {target.sync}, {target.title}:"
-                f" {ratio:.2f}x {target.rival}{' in CPU seconds' if is_cpu else ''}"
-                f" (target: at {'most' if is_cpu else 'least'} {target.ratio}x)"
-            )
-    for key, rounds in benchmark.results.items():
-        if key[1].kind == "test" and key[2] == "flowserver":
-            rate = key[1].count / statistics.median(figures.seconds for figures in rounds)
+            if ratio is not None:
+                yield target_line(target, ratio)
+        if row.kind == "test":
+            rounds = benchmark.results[key]
+            rate = row.requests / statistics.median(one.seconds for one in rounds)
             word = "met   " if rate >= TESTS_PER_SECOND else "missed"
-            yield f"{word} sync {key[0]}, test requests: {rate:,.0f}/s (target: at least 5,000/s)"
+            yield f"{word} sync {sync}, {row.title}: {rate:,.0f}/s, at least 5,000/s"
+
+
+def target_line(target: Target, ratio: float) -> str:
+    """Say whether a target is met."""
+    load = f"sync {target.sync}, {target.title}"
+    if target.figure == "cpu":
+        word = "met   " if ratio <= target.ratio else "missed"
+        what = f"{ratio:.2f} of the CPU seconds of {target.rival}, at most"
+    else:
+        word = "met   " if ratio >= target.ratio else "missed"
+        what = f"{ratio:.2f} of the rate of {target.rival}, at least"
+    return f"{word} {load}: {what} {target.ratio}"
 
 
 # ---- the limit: a bare loop ----------------------------------------------------------
@@ -751,7 +767,9 @@ class BareLoop:
         while True:
             connection, _ = listener.accept()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+            thread = threading.Thread(target=self.answer, args=(connection,))
+            thread.daemon = True
+            thread.start()
 
     def answer(self, connection: socket.socket) -> None:
         """Take request after request of one connection."""
@@ -763,7 +781,8 @@ class BareLoop:
                     return
                 text = bytes(buffer[:size])
                 head, _, body = text.partition(b"\r\n\r\n")
-                length = int((head.partition(b"Content-Length: ")[2] or b"0").split()[0])
+                number = head.partition(b"Content-Length: ")[2]
+                length = int(number.partition(b"\r")[0] or 0)
                 if head.startswith(b"GET"):
                     pass
                 elif length < 65536:
@@ -816,16 +835,22 @@ class BareLoop:
 def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     """Return what the command line says, checked."""
     parser = argparse.ArgumentParser(description="Measure flowserver.py.")
-    parser.add_argument("--quick", action="store_true", help="one small round, under 20 s")
-    parser.add_argument("--folder", default=".", help="on the disk to measure [.]")
-    parser.add_argument("--rounds", type=int, default=0, help="rounds [5; 1 with --quick]")
-    parser.add_argument("--limit", type=float, default=900.0, metavar="SECONDS",
-                        help="no further round is begun after this time [900]")
-    parser.add_argument("--sync", choices=("on", "off"), help="only with this setting")
-    parser.add_argument("--rows", metavar="REGEX", help="only loads whose title matches")
-    parser.add_argument("--against", metavar="FILE", help="another flowserver.py")
-    parser.add_argument("--alone", action="store_true", help="no nginx, no copyparty")
-    parser.add_argument("--bare-loop", metavar="DIR", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one round of a few requests, under 20 s")
+    add("--folder", default=".", help="where to write: the disk to measure [.]")
+    add("--rounds", type=int, default=0, help="how many [5; with --quick 1]")
+    add("--sync", choices=("on", "off"), help="only with this setting")
+    add("--rows", metavar="REGEX", help="only loads whose title matches")
+    add(
+        "--limit",
+        type=float,
+        default=900.0,
+        metavar="SECONDS",
+        help="begin no further round after this time [900]",
+    )
+    add("--against", metavar="FILE", help="another flowserver.py, to compare with")
+    add("--alone", action="store_true", help="without nginx and copyparty")
+    add("--bare-loop", metavar="DIR", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.rounds = options.rounds or (1 if options.quick else 5)
     return options
@@ -842,8 +867,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     options.sync = [options.sync] if options.sync else ["off", "on"]
     kind = file_system(options.folder)
     if kind in ("tmpfs", "ramfs") and "on" in options.sync:
-        print(f"benchmark: {options.folder} is a {kind}, where a flush means nothing;"
-              " name another --folder, or --sync off.")
+        print(
+            f"benchmark: {options.folder} is a {kind}, where a flush means nothing;"
+            " name another --folder, or --sync off."
+        )
         return 2
     folder = tempfile.mkdtemp(prefix="benchmark-", dir=options.folder)
     try:
