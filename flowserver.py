@@ -3789,14 +3789,19 @@ def parse_query(
     """
     found = {} if parameters is None else parameters
     pairs = text.split("&") if text else []
-    if len(pairs) > _MAX_FIELDS:
-        raise Malformed("The address has too many parameters.")
-    for pair in pairs:
+    clash = ""
+    for pair in pairs[:_MAX_FIELDS]:  # to the end: the names tell whose they are
         name, _, value = pair.partition("=")
         try:
             add_parameter(found, _unquoted(name), _unquoted(value))
-        except UnicodeDecodeError as error:
-            raise Malformed("The address is not UTF-8.") from error
+        except UnicodeDecodeError:
+            clash = clash or "The address is not UTF-8."
+        except Malformed as error:
+            clash = clash or str(error)
+    if len(pairs) > _MAX_FIELDS:
+        clash = "The address has too many parameters."
+    if clash:
+        raise Malformed(clash)
     return found
 
 
@@ -3909,6 +3914,8 @@ def _credentials(header: str) -> Tuple[str, str]:
         decoded = base64.b64decode(text.strip(), validate=True).decode("utf-8")
     except (binascii.Error, ValueError) as error:
         raise _login_required() from error
+    if "\0" in decoded:  # HMAC takes a key and the same key with zeros for one
+        raise _login_required()
     name, _, password = decoded.partition(":")
     return name, password
 
@@ -5361,7 +5368,9 @@ def _bracketed(host: str) -> str:
 
 def _tls_context(settings: Settings) -> Any:
     """Return the TLS context of the settings, None without; raises SettingsError."""
-    if not (settings.certificate and settings.private_key):
+    if bool(settings.certificate) != bool(settings.private_key):
+        raise SettingsError("TLS needs both, certificate and private_key.")
+    if not settings.certificate:
         return None
     try:
         import ssl
@@ -5505,7 +5514,8 @@ def _add_user(settings: Settings, name: str) -> int:
         raise SettingsError(
             "Say where users are kept: set users_file in conf.ini first."
         )
-    if not name or ":" in name or not name.isprintable():
+    is_plain = name.isprintable() and name == name.strip() and ":" not in name
+    if not name or not is_plain:
         raise SettingsError(f"{printable(name)} can't be the name of a user.")
     if sys.stdin.isatty():
         password = getpass.getpass(f"Password for {name}: ")
@@ -5513,6 +5523,8 @@ def _add_user(settings: Settings, name: str) -> int:
         password = sys.stdin.readline().rstrip("\r\n")
     if not password:
         raise SettingsError("The password is empty.")
+    if "\0" in password:
+        raise SettingsError("The password holds a character that can't be typed.")
     lines = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:

@@ -23,6 +23,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -55,6 +56,13 @@ def load_flowserver() -> ModuleType:
 
 
 flowserver = load_flowserver()
+
+
+def quick_folder(prefix: str) -> Path:
+    """A new folder in memory where there is one, for what makes very many files."""
+    memory = "/dev/shm"
+    usable = os.path.isdir(memory) and os.access(memory, os.W_OK)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=memory if usable else None))
 
 
 def noise(size: int, seed: int) -> bytes:

@@ -675,7 +675,7 @@ class NginxTest(SiteCase):
 
     def test_a_body_is_passed_on_while_it_comes(self) -> None:
         client = self.visitor(self.site())
-        # One chunk of several blocks: the server waits for a full buffer after the first.
+        # One chunk of several blocks: the server waits for a full buffer in the end.
         chunk = Chunk("a.bin", CONTENT, size=len(CONTENT))
         connection = client.connect()
         with contextlib.closing(connection):

@@ -1,0 +1,387 @@
+"""Nothing gets dearer with the number of chunks, uploads, files or connections.
+
+Counted are the calls to the operating system and the bytes that they move, and compared
+is what is early with what is late; seconds are compared only with each other, as CPU
+time of this thread, the best of several stretches: this machine may have other work.
+
+FLOWSERVER_FILE names another flowserver.py, to see these tests fail on a broken one.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SERVER = Path(os.environ.get("FLOWSERVER_FILE") or HERE.parent / "flowserver.py")
+BENCHMARK = HERE.parent / "sample" / "benchmark.py"
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+# Calls beside those that are compared: another look at a name, a file opened again.
+FEW = 4
+# Beside the names of the operations, what they moved.
+BYTES, NAMES = "bytes read and written", "names listed"
+
+
+def load_server() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("flowserver", SERVER)
+    assert spec and spec.loader
+    module = sys.modules["flowserver"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+flowserver: Any = load_server()
+
+
+class CountingDisk(flowserver.Disk):  # type: ignore[misc]
+    """Counts the calls of each kind, and the bytes and names that went through them."""
+
+    def __init__(self) -> None:
+        super().__init__(sync=False)
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def read(self, fd: int, size: int, offset: int) -> bytes:
+        block: bytes = super().read(fd, size, offset)
+        self.calls[BYTES] += len(block)
+        return block
+
+    def write(self, fd: int, block: bytes | memoryview, offset: int) -> None:
+        self.calls[BYTES] += len(block)
+        super().write(fd, block, offset)
+
+    def list(self, path: str) -> list[str]:
+        names: list[str] = super().list(path)
+        self.calls[NAMES] += len(names)
+        return names
+
+
+def _counted(name: str) -> Callable[..., object]:
+    original = getattr(CountingDisk, name)
+
+    def call(disk: CountingDisk, *arguments: object) -> object:
+        disk.calls[name] += 1
+        return original(disk, *arguments)
+
+    return call
+
+
+KINDS = [
+    name
+    for name in dir(flowserver.Disk)
+    if not name.startswith("_") and callable(getattr(flowserver.Disk, name))
+]
+for kind in KINDS:
+    setattr(CountingDisk, kind, _counted(kind))
+
+
+class SparseDisk(CountingDisk):
+    """Makes a hole where ZEROS are to be written: 20 GiB of them take no room."""
+
+    ZEROS = memoryview(bytes(MIB))
+
+    def write(self, fd: int, block: bytes | memoryview, offset: int) -> None:
+        if isinstance(block, memoryview) and block.obj is self.ZEROS.obj:
+            self.calls[BYTES] += len(block)
+            os.truncate(fd, max(offset + len(block), os.fstat(fd).st_size))
+        else:
+            super().write(fd, block, offset)
+
+
+class GrowthTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="growth-")
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def store(self, disk: CountingDisk) -> Any:
+        store = flowserver.Store(os.path.join(self.folder, "uploads"), disk=disk)
+        self.addCleanup(store.close)
+        return store
+
+    def assert_no_dearer(self, late: Any, early: Any, factor: float = 1.5) -> None:
+        """Compare counted calls: each kind may have grown by a factor and a few."""
+        for what in late | early:
+            with self.subTest(what):
+                room = FEW * KIB if what == BYTES else FEW
+                self.assertLessEqual(late[what], early[what] * factor + room)
+
+
+def upload_of(name: str, size: int) -> Any:
+    key = flowserver.upload_key("", name, name, size)
+    return flowserver.Upload(key, name, size, "", name, name)
+
+
+def put(store: Any, upload: Any, start: int, block: bytes | memoryview) -> Any:
+    """Store one chunk that comes in one block."""
+    with store.receive(upload, start, start + len(block), "sender") as body:
+        body.write(block)
+        return body.commit()
+
+
+def calls_of(disk: CountingDisk, work: Callable[[], object]) -> Any:
+    """Return what `work` asks of the operating system."""
+    before = disk.calls.copy()
+    work()
+    return disk.calls - before
+
+
+def number_of(calls: Any) -> int:
+    """Return how many calls there were."""
+    return sum(count for what, count in calls.items() if what not in (BYTES, NAMES))
+
+
+def best_seconds(stretches: Iterable[Callable[[], object]]) -> float:
+    """Return the CPU time of the cheapest of some pieces of work alike."""
+
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.thread_time()
+        work()
+        return time.thread_time() - began
+
+    return min(map(seconds, stretches))
+
+
+class ChunksTest(GrowthTest):
+    CHUNK = b"16 bytes of data"
+    COUNT = 100_100
+
+    def put_all(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            put(self.uploads, self.upload, number * len(self.CHUNK), self.CHUNK)
+
+    def compare(self, order: list[int]) -> None:
+        """Store chunks in this order and compare some early ones with the last ones."""
+        disk = CountingDisk()
+        self.uploads = self.store(disk)
+        self.upload = upload_of("a.bin", (self.COUNT + 1) * len(self.CHUNK))
+        stretch, edge = 20, 100
+        early, late = order[:edge], order[-edge:]
+
+        def stretches(of: list[int]) -> Iterator[Callable[[], None]]:
+            for at in range(0, edge, stretch):
+                yield lambda at=at: self.put_all(of[at : at + stretch])  # type: ignore
+
+        self.put_all(order[:10])
+        early = order[10 : 10 + edge]
+        early_calls, late_calls = [], []
+        early_seconds = best_seconds(
+            lambda work=work: early_calls.append(calls_of(disk, work))  # type: ignore
+            for work in stretches(early)
+        )
+        self.put_all(order[10 + edge : -edge])
+        late_seconds = best_seconds(
+            lambda work=work: late_calls.append(calls_of(disk, work))  # type: ignore
+            for work in stretches(late)
+        )
+        self.assert_no_dearer(late_calls[-1], early_calls[-1])
+        self.assertLessEqual(late_seconds, 1.5 * early_seconds)
+
+    def test_chunk_100000_costs_what_chunk_10_costs(self) -> None:
+        self.compare(list(range(self.COUNT)))
+
+    def test_chunk_costs_the_same_among_50000_gaps(self) -> None:
+        """Every other chunk: no range has a neighbour to be joined with."""
+        self.compare(list(range(0, self.COUNT, 2)))
+
+
+class LastChunkTest(GrowthTest):
+    SIZE = 20 * GIB
+    CHUNK = 64 * MIB
+
+    def put_chunk(self, store: Any, upload: Any, start: int) -> None:
+        with store.receive(upload, start, start + self.CHUNK, "sender") as body:
+            for _ in range(0, self.CHUNK, len(SparseDisk.ZEROS)):
+                body.write(SparseDisk.ZEROS)
+            self.progress = body.commit()
+
+    def test_last_chunk_of_20_gib_costs_at_most_two_middle_ones(self) -> None:
+        """Finishing must not copy, read or count what is stored already."""
+        disk = SparseDisk()
+        store, upload = self.store(disk), upload_of("big.bin", self.SIZE)
+        costs = []
+        for start in range(0, self.SIZE, self.CHUNK):
+            work = lambda start=start: self.put_chunk(store, upload, start)  # noqa: E731
+            began = time.thread_time()
+            calls = calls_of(disk, work)
+            costs.append((time.thread_time() - began, calls))
+        self.assertIsNotNone(self.progress.done)
+        self.assertEqual(os.path.getsize(self.progress.done.path), self.SIZE)
+        seconds, calls = costs[-1]
+        middle_seconds, middle_calls = costs[len(costs) // 2]
+        self.assertLessEqual(calls[BYTES], middle_calls[BYTES] + FEW * KIB)
+        self.assertLessEqual(number_of(calls), 2 * number_of(middle_calls))
+        usual = sorted(cost for cost, _ in costs)[len(costs) // 2]
+        self.assertLessEqual(seconds, 2 * max(usual, middle_seconds))
+
+
+class OpenUploadsTest(GrowthTest):
+    COUNT = 10_000
+
+    def test_10000_open_uploads_slow_nothing_but_start_up(self) -> None:
+        disk = CountingDisk()
+        store = self.store(disk)
+        files = [
+            lambda n=n: put(store, upload_of(f"{n}.bin", 9), 0, b"all of it")
+            for n in range(20)
+        ]
+        chunks = [
+            lambda n=n: put(store, upload_of(f"{n}.dat", 10**6), 0, b"first")
+            for n in range(20)
+        ]
+        early = [calls_of(disk, work) for work in files[:10] + chunks[:10]]
+        for number in range(self.COUNT):
+            put(store, upload_of(f"open {number}", 10**6), 0, b"the beginning")
+        late = [calls_of(disk, work) for work in files[10:] + chunks[10:]]
+        for before, after in zip(
+            early[-10:] + early[:10], late[-10:] + late[:10], strict=True
+        ):
+            self.assert_no_dearer(after, before, factor=1)
+        store.close()
+        self.check_start_up()
+
+    def check_start_up(self) -> None:
+        """See it take a bounded number of calls for each upload, and under a second."""
+        disk = CountingDisk()
+
+        def start() -> None:
+            store = self.store(disk)
+            store.sweep(stale_after=86400, keep_receipts=86400)
+            self.assertGreaterEqual(store.open_uploads, self.COUNT)
+            store.close()
+
+        seconds = best_seconds([start] * 3)
+        self.assertLess(number_of(disk.calls), 3 * 20 * self.COUNT)
+        self.assertLess(seconds, 1.0)
+
+
+class NamesTest(GrowthTest):
+    COUNT = 10_000
+
+    def test_10000_files_of_one_name_do_not_slow_the_next(self) -> None:
+        """Free numbers are not looked for from 1 on."""
+        disk = CountingDisk()
+        store = self.store(disk)
+
+        def one_more(text: bytes) -> Any:
+            upload = upload_of("a.bin", len(text))
+            return calls_of(disk, lambda: put(store, upload, 0, text))
+
+        one_more(b"first")
+        few = one_more(b"the second")
+        for number in range(2, self.COUNT):
+            path = os.path.join(self.folder, "uploads", f"a ({number}).bin")
+            with open(path, "wb") as file:
+                file.write(b"x" * 50)
+        many = one_more(b"one of ten thousand")
+        names = os.listdir(os.path.join(self.folder, "uploads"))
+        self.assertIn(f"a ({self.COUNT}).bin", names)
+        looks = 2 * self.COUNT.bit_length()  # doubling up, then halving
+        self.assertLessEqual(number_of(many), number_of(few) + looks + FEW)
+        self.assertLessEqual(many[BYTES], few[BYTES] + FEW * KIB)
+
+
+class MemoryTest(GrowthTest):
+    CONNECTIONS = 64
+    CHUNK = 8 * MIB
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+        command = [sys.executable, str(SERVER), "--config", "", "--port", "0"]
+        command += ["--upload-dir", os.path.join(self.folder, "uploads")]
+        command += ["--sync", "off", "--log-level", "warning"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout
+                line = process.stdout.readline().decode()
+                port = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+                assert port, line
+                yield process, int(port[1])
+            finally:
+                process.terminate()
+                process.wait(20)
+
+    def send(self, port: int, number: int, half: threading.Barrier) -> None:
+        """Send a chunk; wait in its middle until all others are there as well."""
+        with socket.create_connection(("127.0.0.1", port), 60) as connection:
+            head, body = self.message(number)
+            connection.sendall(head + body[: self.CHUNK // 2])
+            half.wait(60)
+            connection.sendall(body[self.CHUNK // 2 :])
+            self.answers.append(connection.recv(4096)[:12])
+
+    def message(self, number: int) -> tuple[bytes, bytes]:
+        """Return a chunk as flow.js sends it, as a form."""
+        fields = {
+            "flowChunkNumber": number,
+            "flowChunkSize": self.CHUNK,
+            "flowCurrentChunkSize": self.CHUNK,
+            "flowTotalSize": self.CHUNK * (self.CONNECTIONS + 1),
+            "flowIdentifier": "memory",
+            "flowFilename": "memory.bin",
+            "flowRelativePath": "memory.bin",
+            "flowTotalChunks": self.CONNECTIONS + 1,
+        }
+        part = '--xyz\r\nContent-Disposition: form-data; name="'
+        text = "".join(f'{part}{k}"\r\n\r\n{v}\r\n' for k, v in fields.items())
+        text += f'{part}file"; filename="blob"\r\n\r\n'
+        form = text.encode() + bytes(self.CHUNK) + b"\r\n--xyz--\r\n"
+        head = "POST /upload HTTP/1.1\r\nHost: localhost\r\n"
+        head += "Content-Type: multipart/form-data; boundary=xyz\r\n"
+        return f"{head}Content-Length: {len(form)}\r\n\r\n".encode(), form
+
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "needs /proc")
+    def test_64_connections_of_8_mib_chunks_need_less_than_80_mib(self) -> None:
+        self.answers: list[bytes] = []
+        half = threading.Barrier(self.CONNECTIONS)
+        with self.serving() as (process, port):
+            threads = [
+                threading.Thread(target=self.send, args=(port, number, half))
+                for number in range(1, self.CONNECTIONS + 1)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(120)
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        self.assertEqual(self.answers, [b"HTTP/1.1 200"] * self.CONNECTIONS)
+        peak = re.search(r"VmHWM:\s*(\d+)", status)
+        assert peak
+        self.assertLess(int(peak[1]), 80 * KIB)
+
+
+class BenchmarkTest(GrowthTest):
+    def test_quick_benchmark_prints_all_rows_and_leaves_nothing(self) -> None:
+        command = [sys.executable, str(BENCHMARK), "--quick", "--folder", self.folder]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=110)
+        if "where a flush means nothing" in run.stdout:
+            self.assertEqual(run.returncode, 2)
+            command += ["--sync", "off"]
+            run = subprocess.run(command, capture_output=True, text=True, timeout=110)
+        self.assertEqual(run.returncode, 0, run.stdout + run.stderr)
+        for title in ("1 MiB chunks", "16 MiB chunks", "4 KiB files", "test requests"):
+            self.assertRegex(run.stdout, rf"\| {title}.*\| flowserver \|")
+        self.assertIn("64 connections", run.stdout)
+        self.assertRegex(run.stdout, r"(met|missed) +sync off, 1 MiB chunks, octet")
+        self.assertEqual(os.listdir(self.folder), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
