@@ -770,6 +770,7 @@ class SlowTest(Attack):
             client.settimeout(self.wait)
             client.connect(self.server.server_address[:2])
             client.sendall(request("GET", "/") * 1000)
+            time.sleep(1.0)  # else its thread may not have begun yet, on a busy machine
             for _ in range(int(self.wait / 0.2)):
                 time.sleep(0.2)
                 if threading.active_count() <= before:  # its thread has gone
