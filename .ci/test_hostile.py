@@ -764,16 +764,21 @@ class SlowTest(Attack):
 
     def test_a_client_that_asks_and_never_reads_is_cut(self) -> None:
         """Of 1,000 pages it gets those that fit into the buffers."""
-        before = threading.active_count()
+        before = set(threading.enumerate())
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.settimeout(self.wait)
             client.connect(self.server.server_address[:2])
             client.sendall(request("GET", "/") * 1000)
-            time.sleep(1.0)  # else its thread may not have begun yet, on a busy machine
+            for _ in range(100):  # a busy machine takes its time to begin the thread
+                its_thread = set(threading.enumerate()) - before
+                if its_thread:
+                    break
+                time.sleep(0.02)
+            self.assertTrue(its_thread)
             for _ in range(int(self.wait / 0.2)):
                 time.sleep(0.2)
-                if threading.active_count() <= before:  # its thread has gone
+                if not any(thread.is_alive() for thread in its_thread):
                     break
             answers, tail = 0, b""
             with contextlib.suppress(ConnectionError):

@@ -865,6 +865,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print("benchmark: this system has no sendfile; measure on Linux or macOS.")
         return 2
     options.sync = [options.sync] if options.sync else ["off", "on"]
+    options.folder = os.path.abspath(options.folder)
     kind = file_system(options.folder)
     if kind in ("tmpfs", "ramfs") and "on" in options.sync:
         print(
