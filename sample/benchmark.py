@@ -689,7 +689,8 @@ def report(benchmark: Benchmark) -> None:
         for key in benchmark.results:
             if key[0] == sync:
                 print("| " + " | ".join(table_row(benchmark, key)) + " |")
-    print("\n## targets\n")
+    few = benchmark.options.rounds < 5
+    print(f"\n## targets{' (from too few rounds to judge by)' if few else ''}\n")
     for line in target_lines(benchmark):
         print(line)
 
