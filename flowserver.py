@@ -1949,8 +1949,7 @@ class Store:
             self.process.sweep(names)
             for name in names:
                 if name.endswith(".busy"):  # of a process that was killed, maybe
-                    fd = self.disk.open(self._path(name), os.O_RDWR | os.O_CREAT)
-                    self._end_busy(name[:-5], fd)
+                    self._unlink_busy(name[:-5])
         datas: Dict[str, List[str]] = {}
         for name in names:
             if name.endswith(".ledger"):
@@ -2346,16 +2345,29 @@ class Store:
         while True:
             fd = self.disk.open(path, os.O_RDWR | os.O_CREAT)
             self.disk.share_lock(fd)
-            status = self.disk.stat_path(path)
-            if status and status.st_ino == self.disk.stat(fd).st_ino:
+            if self.disk.stat(fd).st_nlink:
                 return fd
             self.disk.close(fd)  # removed by the last of the others before it was ours
 
-    def _end_busy(self, key: str, fd: int) -> None:
-        """Let go of <key>.busy; the last one removes it."""
+    def _unlink_busy(self, key: str) -> None:
+        """Remove <key>.busy unless a process has bodies of the upload under way.
+
+        Not after every chunk: ext4 looks for a free inode past all those that were
+        removed in the last five seconds, up to a millisecond for each chunk.
+        """
+        try:
+            fd = self.disk.open(self._path(key + ".busy"), os.O_RDWR)
+        except FileNotFoundError:
+            return
         if self.disk.try_lock(fd):
             self._discard(self._path(key + ".busy"))
         self.disk.close(fd)
+
+    def _end_busy(self, key: str) -> None:
+        """Remove <key>.busy of an upload that has ended, if its bodies have, too."""
+        with self._mutex:
+            if self.disk.shares_locks and key not in self._bodies:
+                self._unlink_busy(key)
 
     def _is_busy_elsewhere(self, key: str) -> bool:
         """Whether another process has bodies of an upload under way."""
@@ -2386,10 +2398,13 @@ class Store:
             fields = self._deferred.pop(key, None)
             fd = self._busy_fds.pop(key, None)
             ledger = self._ledgers.get(key)
+            is_open = ledger is not None and not (ledger.finished or ledger.is_dead)
             is_mixed = ledger is not None and len(ledger.sent) > 1
         if fd is not None:
-            self._end_busy(key, fd)
-        if fields is not None or (is_mixed and ledger and not ledger.finished):
+            self.disk.close(fd)
+            if not is_open:
+                self._unlink_busy(key)
+        if fields is not None or (is_mixed and is_open):
             self._finish_deferred(body.upload, fields or {})
 
     def _finish_deferred(self, upload: Upload, fields: Mapping[str, str]) -> None:
@@ -2519,6 +2534,7 @@ class Store:
         self.append(ledger, _ledger_line("finished", finished._asdict()))
         self.flush_ledger(ledger)
         self._discard(data)
+        self._end_busy(ledger.key)
         self._count(-1)
 
     def _published(self, ledger: _Ledger) -> str:
@@ -2590,6 +2606,7 @@ class Store:
             self.disk.truncate(ledger.fd, 0)
         ledger.is_dead = True
         self._discard(data)
+        self._end_busy(ledger.key)
 
     def _discard(self, path: str) -> None:
         """Remove a file that nobody needs; what can't be removed now is swept later."""

@@ -754,9 +754,7 @@ class S3Test(VendoredCase):
     def test_gunicorn(self) -> None:
         with S3(bucket="films") as self.s3:
             command = snippet("s3")
-            child = self.enterContext(
-                self.project.run(command, **self.s3.surroundings)
-            )
+            child = self.enterContext(self.project.run(command, **self.s3.surroundings))
             self.project.client(child).upload(NAME, CONTENT)
             self.assert_delivered({NAME: CONTENT})
 
@@ -767,9 +765,7 @@ class S3Test(VendoredCase):
             client.upload("a.bin", content)
             wait_for(lambda: not self.project.finished(), "an empty upload folder")
         digest = hashlib.sha256(CONTENT[::-1]).hexdigest()[:16]
-        self.assert_delivered(
-            {"a.bin": CONTENT, f"a ({digest}).bin": CONTENT[::-1]}
-        )
+        self.assert_delivered({"a.bin": CONTENT, f"a ({digest}).bin": CONTENT[::-1]})
 
 
 MODULES = HERE / ".tools" / "node_modules"
