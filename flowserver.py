@@ -492,6 +492,7 @@ _PARAMETER = re.compile(
 )
 _PART_HEADER = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 _IDENTITIES = ("", "binary", "8bit", "7bit")
+_JOINED_SIZE = 4096
 # What browsers write, letter for letter; anything else is read by the rules.  It halves
 # what the fields of a chunk cost.
 _BROWSER_PART = re.compile(
@@ -569,12 +570,13 @@ class MultipartParser:
         max_junk_size: int = 8192,  # before the first and after the last boundary
     ) -> None:
         self._delimiter = b"\r\n--" + boundary
-        self._held = b"\r\n"  # so that a body may begin with the delimiter itself
+        self._held = b""
         self._parts_left = max_parts
         self._max_header_size = max_header_size
         self._junk_left = max_junk_size
-        self._step = self._preamble
+        self._step = self._start
         self._error: Optional[FlowError] = None
+        self._expected = 0  # bytes that are known to be data
 
     def feed(self, block: Union[bytes, bytearray], size: int = -1) -> List[Event]:
         """Take the first `size` bytes of `block` (all by default), return the events.
@@ -583,26 +585,47 @@ class MultipartParser:
         views may look into `block`: use them before it is filled again.  Raises
         Malformed, and again the same when it is called after that.
         """
-        end = len(block) if size < 0 else size
-        if self._held:
-            block = self._held + bytes(memoryview(block)[:end])
-            end = len(block)
+        return list(self.scan(block, size))
+
+    def scan(self, block: Union[bytes, bytearray], size: int = -1) -> Iterator[Event]:
+        """Do as feed() does, one event at a time; expect() may be called in between."""
+        size = len(block) if size < 0 else size
+        position = 0
+        while position < size:
+            end = size
+            if self._held:  # joined with a little of the block, as that means copying
+                end = min(size, position + _JOINED_SIZE)
+                joined = self._held + bytes(memoryview(block)[position:end])
+                yield from self._run(joined, 0, len(joined))
+            else:
+                yield from self._run(block, position, end)
+            position = end
+        if self._error:
+            raise self._error
+
+    def _run(self, block: Any, position: int, end: int) -> Iterator[Event]:
+        """Take steps until `end`; hold what the next one must see once more."""
         if self._error:
             raise self._error
         events: List[Event] = []
-        position = 0
-        try:
-            while position >= 0:
-                kept = position
+        kept = position
+        while position >= 0 and kept < end:
+            try:
                 position = self._step(block, position, end, events)
-                if position == end:
-                    kept = end
-                    break
-        except FlowError as error:
-            self._error = error
-            raise
-        self._held = b"" if kept == end else bytes(memoryview(block)[kept:end])
-        return events
+            except FlowError as error:
+                self._error = error
+                raise
+            kept = max(position, kept)
+            yield from events
+            events.clear()
+        self._held = bytes(memoryview(block)[kept:end])
+
+    def expect(self, size: int) -> None:
+        """Say that the next bytes are data of this part: they need not be searched.
+
+        To be called when a Part was returned, by who knows its size from elsewhere.
+        """
+        self._expected = size
 
     def close(self) -> None:
         """Say that the body has ended; raises Truncated when it was not whole."""
@@ -613,6 +636,17 @@ class MultipartParser:
 
     # Each step takes the bytes from `position` to `end` and returns where it stopped,
     # or -1 when it needs more and the bytes from `position` on must be kept.
+
+    def _start(self, block: Any, position: int, end: int, events: List[Event]) -> int:
+        """A body may begin with its boundary, without the line end before it."""
+        dashes = self._delimiter[2:]
+        if block.startswith(dashes, position, end):
+            self._step = self._delimited
+            return position + len(dashes)
+        if end - position < len(dashes) and dashes.startswith(block[position:end]):
+            return -1
+        self._step = self._preamble
+        return position
 
     def _preamble(
         self, block: Any, position: int, end: int, events: List[Event]
@@ -664,6 +698,14 @@ class MultipartParser:
         return int(found) + 4
 
     def _data(self, block: Any, position: int, end: int, events: List[Event]) -> int:
+        known = min(end, position + self._expected)
+        if end - known >= len(self._delimiter):  # the boundary must be there then
+            known = known if block.startswith(self._delimiter, known) else position
+            self._expected = known - position
+        if known > position:
+            self._expected -= known - position
+            events.append(memoryview(block)[position:known])
+            return known
         found: int = block.find(self._delimiter, position, end)
         if found >= 0:
             if found > position:
@@ -4726,9 +4768,14 @@ class _Form:
             if 0 <= chunk.length != self.request.length >= 0:
                 raise _mismatch("body", self.request.length, chunk.length)
             return chunk, self._raw_blocks()
-        blocks = self._form_blocks(MultipartParser(boundary))
+        parser = MultipartParser(boundary)
+        blocks = self._form_blocks(parser)
         next(blocks)  # up to the beginning of the file: the fields before it are known
-        return self._chunk(), blocks
+        chunk = self._chunk()
+        # No need to search for the boundary where it must not be.  Were it there, then
+        # the sizes would contradict each other, or it is what the file holds there.
+        parser.expect(chunk.length)
+        return chunk, blocks
 
     def _chunk(self) -> Chunk:
         if self.dialect is None:
@@ -4766,7 +4813,7 @@ class _Form:
         name, value = "", bytearray()
         is_file = seen_file = False
         for buffer, size in self._wire():
-            for event in parser.feed(buffer, size):
+            for event in parser.scan(buffer, size):
                 if isinstance(event, Part):
                     is_file = event.filename is not None
                     if is_file and seen_file:

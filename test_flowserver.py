@@ -1113,11 +1113,11 @@ class MultipartTest(unittest.TestCase):
         body, parts = FORMS["one field"]  # its last line end is junk, too
         cases = {
             (0, 98): True,
-            (50, 46): True,
-            (96, 0): True,
+            (50, 48): True,
+            (98, 0): True,
             (0, 99): False,
-            (50, 47): False,
-            (97, 0): False,
+            (50, 49): False,
+            (99, 0): False,
             (9999, 0): False,
             (0, 9999): False,
         }
