@@ -589,36 +589,38 @@ class MultipartParser:
 
     def scan(self, block: Union[bytes, bytearray], size: int = -1) -> Iterator[Event]:
         """Do as feed() does, one event at a time; expect() may be called in between."""
+        if self._error:
+            raise self._error
         size = len(block) if size < 0 else size
+        events: List[Event] = []
         position = 0
         while position < size:
-            end = size
-            if self._held:  # joined with a little of the block, as that means copying
-                end = min(size, position + _JOINED_SIZE)
-                joined = self._held + bytes(memoryview(block)[position:end])
-                yield from self._run(joined, 0, len(joined))
-            else:
-                yield from self._run(block, position, end)
-            position = end
-        if self._error:
-            raise self._error
+            some, low, high, position = self._joined(block, position, size)
+            kept = low
+            while low >= 0 and kept < high:
+                try:
+                    low = self._step(some, low, high, events)
+                except FlowError as error:
+                    self._error = error
+                    raise
+                kept = max(low, kept)
+                if events:
+                    yield from events
+                    events.clear()
+            self._held = bytes(memoryview(some)[kept:high]) if kept < high else b""
 
-    def _run(self, block: Any, position: int, end: int) -> Iterator[Event]:
-        """Take steps until `end`; hold what the next one must see once more."""
-        if self._error:
-            raise self._error
-        events: List[Event] = []
-        kept = position
-        while position >= 0 and kept < end:
-            try:
-                position = self._step(block, position, end, events)
-            except FlowError as error:
-                self._error = error
-                raise
-            kept = max(position, kept)
-            yield from events
-            events.clear()
-        self._held = bytes(memoryview(block)[kept:end])
+    def _joined(
+        self, block: Any, position: int, size: int
+    ) -> Tuple[Any, int, int, int]:
+        """Return what to look at, from where to where, and where to go on in `block`.
+
+        What was held is joined with a little of the block only, as that means copying.
+        """
+        if not self._held:
+            return block, position, size, size
+        end = min(size, position + _JOINED_SIZE)
+        joined = self._held + bytes(memoryview(block)[position:end])
+        return joined, 0, len(joined), end
 
     def expect(self, size: int) -> None:
         """Say that the next bytes are data of this part: they need not be searched.
@@ -1772,6 +1774,9 @@ class _Publisher:
                     self._flushed.clear()
                 self._flushed[folder] = True
             parent = folder
+        if parent == self.upload_dir and not self.disk.sync:
+            yield Folder(None, parent)  # no client named it: a path will do
+            return
         with self.opened(parent) as last:
             yield last
 
@@ -4377,7 +4382,7 @@ class UploadApp:
                     body.write(block)
             if received != chunk.length:
                 raise _mismatch("chunk", received, chunk.length)
-            progress = body.commit(form.other_fields())
+            progress = body.commit(form.other_fields() if self._on_complete else {})
         if progress.done is None:
             values = {
                 "success": True,
