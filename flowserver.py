@@ -492,7 +492,7 @@ _PARAMETER = re.compile(
 )
 _PART_HEADER = re.compile(rf"({_TOKEN}):([^\x00-\x08\x0a-\x1f\x7f]*)")
 _IDENTITIES = ("", "binary", "8bit", "7bit")
-_JOINED_SIZE = 4096
+_LONGEST_DELIMITER = 140  # with the blanks that may follow it
 # What browsers write, letter for letter; anything else is read by the rules.  It halves
 # what the fields of a chunk cost.
 _BROWSER_PART = re.compile(
@@ -592,35 +592,38 @@ class MultipartParser:
         if self._error:
             raise self._error
         size = len(block) if size < 0 else size
+        some, position, end = self._joined(block, size)
+        joined_size = end - len(self._held)  # bytes of the block in it
         events: List[Event] = []
-        position = 0
-        while position < size:
-            some, low, high, position = self._joined(block, position, size)
-            kept = low
-            while low >= 0 and kept < high:
+        while True:
+            kept = position
+            while position >= 0 and kept < end:
                 try:
-                    low = self._step(some, low, high, events)
+                    position = self._step(some, position, end, events)
                 except FlowError as error:
                     self._error = error
                     raise
-                kept = max(low, kept)
+                kept = max(position, kept)
                 if events:
                     yield from events
                     events.clear()
-            self._held = bytes(memoryview(some)[kept:high]) if kept < high else b""
+            left = end - kept
+            if some is block or left > joined_size:
+                self._held = bytes(memoryview(some)[kept:end])
+                return
+            some, position, end = block, joined_size - left, size
 
-    def _joined(
-        self, block: Any, position: int, size: int
-    ) -> Tuple[Any, int, int, int]:
-        """Return what to look at, from where to where, and where to go on in `block`.
+    def _joined(self, block: Any, size: int) -> Tuple[Any, int, int]:
+        """Return what to look at, from where to where.
 
-        What was held is joined with a little of the block only, as that means copying.
+        What was held is joined with as much of the block as it takes to come past it,
+        not with all of it: that would be copied.
         """
         if not self._held:
-            return block, position, size, size
-        end = min(size, position + _JOINED_SIZE)
-        joined = self._held + bytes(memoryview(block)[position:end])
-        return joined, 0, len(joined), end
+            return block, 0, size
+        size = min(size, self._max_header_size + _LONGEST_DELIMITER)
+        joined = self._held + bytes(memoryview(block)[:size])
+        return joined, 0, len(joined)
 
     def expect(self, size: int) -> None:
         """Say that the next bytes are data of this part: they need not be searched.
@@ -4895,6 +4898,7 @@ def find_config(named: Optional[str]) -> str:
 # A few buffers hold a whole chunk of 1 MiB, the default of most clients, and its form.
 _LARGE_BUFFERS = 8
 _LARGE_BUFFER_SIZE = (1 << 20) + 16 * 1024
+_HEAD_BLOCK_SIZE = 8 * 1024  # what follows a head is copied
 _MAX_HEAD_SIZE = 64 * 1024  # flow.js writes names and paths into the address, encoded
 _MAX_LINE_SIZE = 32 * 1024
 _MAX_HEADERS = 100
@@ -5035,7 +5039,7 @@ class _Wire:
             if left <= 0:
                 raise socket.timeout()
             self.limit_waits(left if self.pending else self.timeout)
-            block = self.connection.recv(_MAX_HEAD_SIZE)
+            block = self.connection.recv(_HEAD_BLOCK_SIZE)
             if not block:
                 return b""
             self.pending += block

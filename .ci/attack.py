@@ -394,6 +394,13 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
+class HalvingServer(flowserver.FlowServer):
+    """Takes bodies in halves, as it takes large ones in many blocks."""
+
+    def take_buffer(self, size: int) -> bytearray:
+        return bytearray(max(1, size // 2))
+
+
 def _serve(
     folder: Path,
     disk: Callable[[], Any] | None,
@@ -419,7 +426,7 @@ def _serve(
         announce if done_log else None,
     )
     app = flowserver.UploadApp(chosen, store=store)
-    with flowserver.FlowServer(app) as server:
+    with HalvingServer(app) as server:
         os.write(port, b"%d\n" % server.server_address[1])
         os.close(port)
         while True:
