@@ -2095,7 +2095,7 @@ class Store:
             return ledger
 
     def recall(self, key: str) -> Optional[_Ledger]:
-        """Return the ledger of an upload that goes on, as far as this process knows.
+        """Return the ledger of an upload that goes on, if nothing of it is news.
 
         To be released, as that of acquire().
         """
@@ -2103,6 +2103,10 @@ class Store:
             self._notice_fork()
             ledger = self._ledgers.get(key)
             if ledger is None or ledger.finished or not ledger.ranges.total:
+                return None
+            status = self.disk.stat(ledger.fd)
+            is_known = status.st_nlink and status.st_size == ledger.offset
+            if ledger.is_dead or not is_known or not self.disk.unlinks_open:
                 return None
             self._idle.pop(key, None)
             ledger.users += 1
@@ -2419,19 +2423,13 @@ class Store:
         Not after every chunk: ext4 looks for a free inode past all those that were
         removed in the last five seconds, up to a millisecond for each chunk.
         """
-        try:
+        with contextlib.suppress(OSError):  # not there, or the sweep tries again
             fd = self.disk.open(self._path(key + ".busy"), os.O_RDWR)
-        except FileNotFoundError:
-            return
-        if self.disk.try_lock(fd):
-            self._discard(self._path(key + ".busy"))
-        self.disk.close(fd)
-
-    def _end_busy(self, key: str) -> None:
-        """Remove <key>.busy of an upload that has ended, if its bodies have, too."""
-        with self._mutex:
-            if self.disk.shares_locks and key not in self._bodies:
-                self._unlink_busy(key)
+            try:
+                if self.disk.try_lock(fd):
+                    self.disk.unlink(self._path(key + ".busy"))
+            finally:
+                self.disk.close(fd)
 
     def _is_busy_elsewhere(self, key: str) -> bool:
         """Whether another process has bodies of an upload under way."""
@@ -2439,6 +2437,9 @@ class Store:
         if own is not None:
             is_alone = self.disk.try_lock(own)
             self.disk.share_lock(own)
+            if not self.disk.stat(own).st_nlink:  # unlinked while it was nobody's
+                self._busy_fds[key] = self._share_busy(key)
+                self.disk.close(own)
             return not is_alone
         try:
             fd = self.disk.open(self._path(key + ".busy"), os.O_RDWR)
@@ -2598,7 +2599,7 @@ class Store:
         self.append(ledger, _ledger_line("finished", finished._asdict()))
         self.flush_ledger(ledger)
         self._discard(data)
-        self._end_busy(ledger.key)
+        self._unlink_busy(ledger.key)
         self._count(-1)
 
     def _published(self, ledger: _Ledger) -> str:
@@ -2670,7 +2671,7 @@ class Store:
             self.disk.truncate(ledger.fd, 0)
         ledger.is_dead = True
         self._discard(data)
-        self._end_busy(ledger.key)
+        self._unlink_busy(ledger.key)
 
     def _discard(self, path: str) -> None:
         """Remove a file that nobody needs; what can't be removed now is swept later."""
@@ -2743,8 +2744,9 @@ class Store:
     def _is_stale(self, ledger: _Ledger, age: float, stale_after: float) -> bool:
         if age <= stale_after or ledger.users > 1:
             return False
-        if self.disk.shares_locks and self._is_busy_elsewhere(ledger.key):
-            return False
+        with self._mutex:
+            if self._is_busy_elsewhere(ledger.key):
+                return False
         status = self.disk.stat_path(self.data_path(ledger))
         if status is None:
             return True
@@ -2848,7 +2850,11 @@ class Receiving:
                 return _Repeated(self, ledger)
             if ledger is not None and ledger.ranges.total and not ledger.finished:
                 way = _InPlace(self, ledger)
-                return way if way.settle() else _Aside(self, ledger)
+                try:
+                    return way if way.settle() else _Aside(self, ledger)
+                finally:
+                    if not way.is_settled:
+                        self.store.release(ledger)
         self.store.publisher.refuse_early(self.upload, self.is_whole)
         return _Aside(self, None)
 
@@ -2964,8 +2970,7 @@ class _Way:
 class _InPlace(_Way):
     """Straight into the data file: what is missing is written, the rest compared.
 
-    It may begin with what this process remembers of the upload, and take the lock for
-    its first block only: then that may turn out not to be so, before a byte was taken.
+    The lock is taken with the first block: then somebody else may be writing there.
     """
 
     def __init__(self, body: Receiving, ledger: _Ledger) -> None:
@@ -2976,10 +2981,13 @@ class _InPlace(_Way):
         self.is_overtaken = False  # somebody else wrote where we had written
 
     def settle(self) -> bool:
-        """Claim what is missing of the range, unless somebody else is writing it."""
+        """Claim what is missing of the range; False when somebody else writes there.
+
+        Raises Conflict when the upload was dropped meanwhile.
+        """
         ledger, body = self.ledger, self.body
-        if not self.is_current() or ledger.finished:
-            return False
+        if not self.is_current():
+            raise _cancelled()
         gaps = ledger.ranges.gaps(body.start, body.end)
         rivals = [o for o in ledger.attempts if o.generation == ledger.generation]
         taken = [claim for rival in rivals for claim in rival.claims]
@@ -3029,14 +3037,20 @@ class _InPlace(_Way):
         with self.ledger.mutex:
             if not self.is_current():
                 raise _cancelled()
-            data = self.store.data(self.ledger)
-            if self.disk.read(data, len(block), offset) == block:
-                return
+            with contextlib.suppress(FileNotFoundError):  # others ended the upload
+                if self._is_equal(block, offset):
+                    return
         with self.store.locked(self.ledger):
             if not self.is_current():
                 raise _cancelled()
+            if self._is_equal(block, offset):
+                return
             is_late = any(a < end and offset < b for a, b in self.claims)
             self.store.refuse_difference(self.ledger, self.body, offset, end, is_late)
+
+    def _is_equal(self, block: memoryview, offset: int) -> bool:
+        data = self.store.data(self.ledger)
+        return self.disk.read(data, len(block), offset) == block
 
     def commit(self, fields: Mapping[str, str]) -> Optional[Progress]:
         ledger, body = self.ledger, self.body
@@ -3856,7 +3870,8 @@ class Request(NamedTuple):
     """One request; header names are in lower case, `length` is -1 when unknown.
 
     `read(n)` returns up to n bytes of the body, b"" at its end.  A server that has its
-    own buffer gives `fill` instead: it returns the buffer and how many bytes count.
+    own buffer gives `fill(at_once)` instead: it returns the buffer and how many bytes
+    count, as many as there is room for, or those that are there already.
     """
 
     method: str
@@ -3869,7 +3884,7 @@ class Request(NamedTuple):
     scheme: str = "http"
     is_loopback: bool = False  # the server can be reached from this machine only
     is_proxied: bool = False  # came through a trusted proxy, whose word is believed
-    fill: Optional[Callable[[], Tuple[Union[bytes, bytearray], int]]] = None
+    fill: Optional[Callable[[bool], Tuple[Union[bytes, bytearray], int]]] = None
 
 
 class Response(NamedTuple):
@@ -4748,6 +4763,7 @@ class _Form:
         self.parameters: Dict[str, str] = {}  # without the prefix
         self.dialect: Optional[Dialect] = None
         self._field_size = 0
+        self._is_known = False  # which chunk comes
 
     def read_query(self) -> None:
         """Take the parameters of the address, and find out whose they are."""
@@ -4788,14 +4804,18 @@ class _Form:
     def _chunk(self) -> Chunk:
         if self.dialect is None:
             raise Malformed("The parameters are not those of an uploader known here.")
+        self._is_known = True
         return parse_chunk(self.dialect, self.parameters)
 
     def _wire(self) -> Iterator[Tuple[Union[bytes, bytearray], int]]:
-        """Yield the body as it comes: a buffer, and how many bytes of it count."""
+        """Yield the body as it comes: a buffer, and how many bytes of it count.
+
+        A form's beginning is wanted at once: it says whose bytes are under way.
+        """
         request, left = self.request, self.request.length
         while left:
             if request.fill:
-                buffer, size = request.fill()
+                buffer, size = request.fill(not self._is_known)
             else:
                 assert request.read is not None
                 buffer = request.read(min(BLOCK_SIZE, left))
@@ -4895,9 +4915,7 @@ def find_config(named: Optional[str]) -> str:
 # refused and the connection closed; a body that was not read is never taken for the
 # next request; every wait has an end.
 
-# A few buffers hold a whole chunk of 1 MiB, the default of most clients, and its form.
-_LARGE_BUFFERS = 8
-_LARGE_BUFFER_SIZE = (1 << 20) + 16 * 1024
+_SMALL_BODY_SIZE = 64 * 1024
 _HEAD_BLOCK_SIZE = 8 * 1024  # what follows a head is copied
 _MAX_HEAD_SIZE = 64 * 1024  # flow.js writes names and paths into the address, encoded
 _MAX_LINE_SIZE = 32 * 1024
@@ -5052,8 +5070,11 @@ class _Wire:
         self._body_began = time.monotonic()
         self.limit_waits(self.timeout)
 
-    def fill(self) -> Tuple[Union[bytes, bytearray], int]:
-        """Return a buffer with the next bytes of the body and how many they are."""
+    def fill(self, at_once: bool = False) -> Tuple[Union[bytes, bytearray], int]:
+        """Return a buffer with the next bytes of the body and how many they are.
+
+        It is full, or the body is whole, unless what is there is wanted `at_once`.
+        """
         if self._wants_100:  # judged by its head and not refused: let it come
             self._wants_100 = False
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -5063,26 +5084,27 @@ class _Wire:
         size = min(wanted, len(self.pending))
         self._buffer[:size] = self.pending[:size]
         self.pending = self.pending[size:]
+        self.remaining -= size
         with memoryview(self._buffer) as view:
-            while size < wanted:
-                received = self._receive(view[size:wanted], self.remaining - size)
+            while size < wanted and not (at_once and size):
+                flag = 0 if at_once else self._wait_flag
+                received = self._receive(view[size:wanted], flag)
                 if not received:
                     break
                 size += received
-        self.remaining -= size
         return self._buffer, size
 
-    def _receive(self, view: memoryview, remaining: int) -> int:
+    def _receive(self, view: memoryview, flag: int) -> int:
         try:
-            received = self.connection.recv_into(view, len(view), self._wait_flag)
+            received = self.connection.recv_into(view, len(view), flag)
         except (socket.timeout, BlockingIOError) as error:
             raise Truncated("The body came too slowly.") from error
         except OSError as error:
             raise Truncated("The connection broke.") from error
+        self.remaining -= received
         elapsed = time.monotonic() - self._body_began
         if elapsed > self.timeout:
-            so_far = self._body_size - remaining + received
-            if so_far < elapsed * _MIN_BODY_RATE:
+            if self._body_size - self.remaining < elapsed * _MIN_BODY_RATE:
                 raise Truncated("The body came too slowly.")
         return received
 
@@ -5322,7 +5344,6 @@ class FlowServer(http.server.ThreadingHTTPServer):
         self._waiting: Dict[socket.socket, socket.socket] = {}
         self._lock = threading.Lock()
         self._buffers: List[bytearray] = []
-        self._large_buffers = [bytearray() for _ in range(_LARGE_BUFFERS)]
         self._stopped = threading.Event()
         self._workers: List[threading.Thread] = []
         if ":" in settings.host:
@@ -5457,26 +5478,18 @@ class FlowServer(http.server.ThreadingHTTPServer):
                 self._waiting.pop(raw, None)
 
     def take_buffer(self, size: int) -> bytearray:
-        """Return a buffer for a body of `size` bytes; give_buffer() takes it back.
-
-        It may be smaller: only a few hold a whole chunk of the usual size, as a locked
-        write for each 256 KiB took a quarter of the time of 1 MiB chunks.
-        """
+        """Return a buffer for a body of `size` bytes; give_buffer() takes it back."""
+        if size <= _SMALL_BODY_SIZE:
+            return bytearray(size)
         with self._lock:
-            if size > BLOCK_SIZE and self._large_buffers:
-                buffer = self._large_buffers.pop()
-            elif self._buffers:
+            if self._buffers:
                 return self._buffers.pop()
-            else:
-                return bytearray(BLOCK_SIZE)
-        return buffer or bytearray(_LARGE_BUFFER_SIZE)
+        return bytearray(BLOCK_SIZE)
 
     def give_buffer(self, buffer: bytearray) -> None:
         """Lend a buffer to the next body, of whatever connection."""
         with self._lock:
-            if len(buffer) > BLOCK_SIZE:
-                self._large_buffers.append(buffer)
-            elif len(self._buffers) < 16:
+            if len(buffer) == BLOCK_SIZE and len(self._buffers) < 16:
                 self._buffers.append(buffer)
 
 
