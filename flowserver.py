@@ -2463,8 +2463,8 @@ class Store:
             fields = self._deferred.pop(key, None)
             fd = self._busy_fds.pop(key, None)
             ledger = self._ledgers.get(key)
-            is_open = ledger is not None and not (ledger.finished or ledger.is_dead)
-            is_mixed = ledger is not None and len(ledger.sent) > 1
+            is_open = ledger is None or not (ledger.finished or ledger.is_dead)
+            is_mixed = len(ledger.sent) > 1 if ledger else fd is not None
         if fd is not None:
             self.disk.close(fd)
             if not is_open:
