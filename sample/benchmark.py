@@ -608,6 +608,9 @@ class Benchmark:
         """Measure one row, each server once in each round, in a changing order."""
         if self.options.quick:
             row = row._replace(requests=row.few)
+        elif hasattr(os, "sync"):  # what came before is not to be written out meanwhile
+            progress("waiting for the disk")
+            os.sync()
         able = [server for server in servers if row.kind in server.can]
         for number in range(self.options.rounds):
             if number and time.monotonic() > self.deadline:
