@@ -576,6 +576,7 @@ class MultipartParser:
         self._junk_left = max_junk_size
         self._step = self._start
         self._error: Optional[FlowError] = None
+        self._is_new_part = False  # a Part was the last event
         self._expected = 0  # bytes that are known to be data
 
     def feed(self, block: Union[bytes, bytearray], size: int = -1) -> List[Event]:
@@ -603,14 +604,18 @@ class MultipartParser:
                 except FlowError as error:
                     self._error = error
                     raise
-                kept = max(position, kept)
-                if events:
+                if position > kept:
+                    kept = position
+                if self._is_new_part:
+                    self._is_new_part = False
                     yield from events
                     events.clear()
+            yield from events
             left = end - kept
             if some is block or left > joined_size:
-                self._held = bytes(memoryview(some)[kept:end])
+                self._held = bytes(memoryview(some)[kept:end]) if left else b""
                 return
+            events.clear()
             some, position, end = block, joined_size - left, size
 
     def _joined(self, block: Any, size: int) -> Tuple[Any, int, int]:
@@ -699,18 +704,15 @@ class MultipartParser:
                 raise Malformed("The header of a part of the form is too long.")
             return -1
         events.append(_parse_part(bytes(block[position:found])))
-        self._step = self._data
+        self._step, self._is_new_part = self._data, True
         return int(found) + 4
 
     def _data(self, block: Any, position: int, end: int, events: List[Event]) -> int:
-        known = min(end, position + self._expected)
-        if end - known >= len(self._delimiter):  # the boundary must be there then
-            known = known if block.startswith(self._delimiter, known) else position
-            self._expected = known - position
-        if known > position:
-            self._expected -= known - position
-            events.append(memoryview(block)[position:known])
-            return known
+        known = self._expected and self._known(block, position, end)
+        if known:
+            self._expected -= known
+            events.append(memoryview(block)[position : position + known])
+            return position + known
         found: int = block.find(self._delimiter, position, end)
         if found >= 0:
             if found > position:
@@ -723,6 +725,15 @@ class MultipartParser:
             events.append(memoryview(block)[position:tail])
             return tail
         return -1
+
+    def _known(self, block: Any, position: int, end: int) -> int:
+        """Return how many of the bytes that are there are the expected ones."""
+        known = min(end, position + self._expected)
+        if end - known < len(self._delimiter):
+            return known - position
+        if not block.startswith(self._delimiter, known):  # there are more, or less
+            self._expected = 0
+        return self._expected
 
     def _tail(self, block: Any, position: int, end: int) -> int:
         """Return where the longest beginning of a delimiter at the end begins."""

@@ -1109,6 +1109,34 @@ class MultipartTest(unittest.TestCase):
         block[0] ^= 1
         self.assertEqual(event, block)
 
+    def data_of(self, blocks: Sequence[bytes], expected: int) -> bytes:
+        """Return the data of a form's only part, of which a size is expected."""
+        parser, data = flowserver.MultipartParser(b"B"), b""
+        for block in blocks:
+            for event in parser.scan(block):
+                if isinstance(event, flowserver.Part):
+                    parser.expect(expected)
+                elif event is not None:
+                    data += event
+        parser.close()
+        return data
+
+    def test_expected_data_may_hold_the_boundary(self) -> None:
+        data = b"one\r\n--B\r\ntwo\r\n--B--\r\nthree"
+        form = lines("--B", UPLOADED, "", data.decode(), "--B--")
+        for blocks in split_every_way(form):
+            self.assertEqual(self.data_of(blocks, len(data)), data)
+
+    def test_data_of_another_size_than_expected_ends_at_the_boundary(self) -> None:
+        form = lines("--B", UPLOADED, "", "12345", "--B--")
+        for expected in (0, 1, 4, 5, 6):
+            self.assertEqual(self.data_of([form], expected), b"12345")
+        for blocks in split_every_way(form):
+            with contextlib.suppress(flowserver.Truncated):
+                # Taken for data by half, it is no form any more: never a short file.
+                self.assertEqual(self.data_of(blocks, 99), b"12345")
+            self.assertEqual(self.data_of(blocks, 3), b"12345")
+
     def test_junk_outside_of_the_parts_is_bounded(self) -> None:
         body, parts = FORMS["one field"]  # its last line end is junk, too
         cases = {
