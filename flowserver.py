@@ -3848,6 +3848,7 @@ $('#version').textContent = `flowserver ${settings.version}`;
 
 _CHUNK_METHODS = ("POST", "PUT", "PATCH")
 _METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+_FILE_AS_TEXT = "The file came as text: set chunkFormat to 'blob' (resumable.js)."
 _MAX_FIELD_SIZE = 64 * 1024  # all text fields of a form together, in bytes
 _MAX_FIELDS = 200
 _MIN_DRAIN_RATE = 16 * 1024  # bytes/s of a body that is refused
@@ -4869,15 +4870,19 @@ class _Form:
                     self._add_field(name, value, seen_file)
                 else:
                     self._field_size += len(event)
-                    if self._field_size > _MAX_FIELD_SIZE:
-                        raise Malformed("The text fields of the form are too long.")
                     value += event
+                    if self._field_size > _MAX_FIELD_SIZE:
+                        is_file = value.startswith(b"data:")
+                        complaint = "The text fields of the form are too long."
+                        raise Malformed(_FILE_AS_TEXT if is_file else complaint)
         try:
             parser.close()
         except Truncated as error:  # although every byte of it came
             raise Malformed(str(error)) from error
         if not seen_file:
-            raise Malformed("There is no file in the form.")
+            is_text = any(text.startswith("data:") for text in self.given.values())
+            complaint = "There is no file in the form."
+            raise Malformed(_FILE_AS_TEXT if is_text else complaint)
 
     def _add_field(self, name: str, value: bytearray, is_late: bool) -> None:
         try:

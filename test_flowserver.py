@@ -2823,6 +2823,17 @@ class RefusalTest(unittest.TestCase):
                 self.assertIn(str(sent), words)
                 self.assertTrue({"10", "10."} & set(words), words)
 
+    def test_file_that_came_as_text_is_told_how_to_come(self) -> None:
+        """resumable.js with chunkFormat: 'base64'."""
+        for size in (10, 90_000):
+            fields = flow_parameters("a", noise(size))
+            fields["file"] = "data:a/b;base64," + "A" * size
+            message = browser("a", noise(size))._replace(body=multipart(fields, None))
+            with self.subTest(size), application() as app:
+                answer = send(app, *message)
+                self.assertIn("chunkFormat", answer.json["error"])
+                self.assertEqual((answer.status, leftovers(app)), (415, {}))
+
     def test_body_that_is_much_too_long_is_refused_before_it_is_read(self) -> None:
         with application() as app:
             wrong = browser("a", noise(25), 1, 10, sent=noise(300 * KIB))
