@@ -121,6 +121,7 @@ from typing import (
     Union,
 )
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 # ---- errors --------------------------------------------------------------------------
@@ -434,7 +435,7 @@ def _checked_entry(section: str, key: str, text: str, path: str) -> str:
 
 def conf_ini() -> str:
     """Return the text of a conf.ini with every key, its default and its sentence."""
-    lines = ["# flowserver's settings; what stands here are the defaults."]
+    lines = ["# flowserver's settings; these are the defaults (of log_file: none)."]
     lines += ["# Paths are relative to this file.  Sizes: 8M, 10G.  Times: 30s, 2d."]
     section = ""
     for name, setting in settings_table().items():
@@ -796,6 +797,18 @@ class Dialect(NamedTuple):
         str  # the parameter with the number of chunks; "" where it can't be trusted
     )
     statuses: Statuses  # those that differ from the common ones
+    unused: Tuple[str, ...] = ()  # parameters that nobody here needs
+
+    @property
+    def names(self) -> Tuple[str, ...]:
+        """The names of the parameters that count."""
+        where = (self.identifier, self.filename, self.relative_path, self.number)
+        return where + (
+            self.chunk_size,
+            self.length,
+            self.total_size,
+            self.total_chunks,
+        )
 
 
 def _family(name: str, prefix: str, statuses: Statuses, count: bool) -> Dialect:
@@ -811,6 +824,7 @@ def _family(name: str, prefix: str, statuses: Statuses, count: bool) -> Dialect:
         relative_path=prefix + "RelativePath",
         total_chunks=prefix + "TotalChunks" if count else "",
         statuses=statuses,
+        unused=(prefix + "TotalChunks", prefix + "Type"),
     )
 
 
@@ -3422,7 +3436,8 @@ const $ = (selector, within = document) => within.querySelector(selector);
 const settings = JSON.parse($('#settings').textContent);
 const chunkSize = Math.min(settings.chunkSize, settings.maxChunkSize || Infinity);
 const maxRequests = 3, maxWaitSeconds = 60;
-const stallSeconds = 90;    // more than the server itself waits for a silent connection
+// More than the server itself waits for a silent connection.
+const stallSeconds = Math.max(90, 1.5 * settings.timeout);
 const limit = `Files may have up to ${sizeInWords(settings.maxFileSize)}.`;
 const uploads = new Set();  // as listed
 const total = {moved: 0, speed: 0};     // bytes since the last second, bytes a second
@@ -3892,7 +3907,6 @@ _JSON_HEADERS = (
 _NO_CONTENT = Response(204, _JSON_HEADERS[1:], b"")
 _REFUSAL_HEADERS = {
     401: (("WWW-Authenticate", 'Basic realm="flowserver", charset="UTF-8"'),),
-    405: (("Allow", _METHODS),),
     503: (("Retry-After", "5"),),
 }
 
@@ -4142,7 +4156,9 @@ class UploadApp:
         self._check_host(request)
         if request.path == self.settings.upload_path:
             return self._with_cors(request, self._upload_endpoint(request))
-        if request.method not in ("GET", "HEAD"):
+        is_sample = request.path.startswith("/sample/") and self.settings.sample_dir
+        is_here = is_sample or request.path in ("/", "/health")
+        if is_here and request.method not in ("GET", "HEAD"):
             raise BadMethod(f"There is nothing to {printable(request.method)} here.")
         self._check_authorized(request)
         if request.path == "/":
@@ -4153,19 +4169,23 @@ class UploadApp:
             return self._page()
         if request.path == "/health":
             return self._health()
-        if request.path.startswith("/sample/") and self.settings.sample_dir:
+        if is_sample:
             return self._sample(request.path[len("/sample/") :])
         raise Missing("There is nothing at this address.")
 
-    def _refusal(self, error: FlowError, dialect: Optional[Dialect]) -> Response:
+    def _refusal(
+        self, error: FlowError, dialect: Optional[Dialect], methods: str = "GET, HEAD"
+    ) -> Response:
         status = status_of(error, dialect)
         if error.__cause__ is not None:
             self.log.warning("%s (%s)", error, printable(str(error.__cause__)))
         values = {"success": False, "error": str(error)}
-        if status < 500:
+        if status < 500 and status not in (401, 408):
             values["preventRetry"] = True  # Fine Uploader
         response = _json(status, values)
         more = _REFUSAL_HEADERS.get(status, ())
+        if status == 405:
+            more = (("Allow", methods),)
         return response._replace(headers=response.headers + more)
 
     def _drain(self, request: Request) -> None:
@@ -4178,7 +4198,10 @@ class UploadApp:
         limit = (self.settings.max_chunk_size or _DRAIN_SIZE) + _MULTIPART_ALLOWANCE
         began, drained = self._clock(), 0
         while request.read.left > 0:
-            block = request.read(1 << 16)
+            try:
+                block = request.read(1 << 16)
+            except OSError:  # nobody is there to see the answer
+                break
             drained += len(block)
             elapsed = self._clock() - began
             is_over = drained >= limit and elapsed > _LINGER_SECONDS
@@ -4270,9 +4293,19 @@ class UploadApp:
     def _check_authorized(self, request: Request) -> None:
         if self._users:
             self._user(request)
-        refusal = self._authorize(request) if self._authorize else None
+        refusal = self._authorize and self._ask("authorize", self._authorize, request)
         if refusal:
             raise Forbidden(refusal)
+
+    def _ask(self, name: str, hook: Callable[[A], T], argument: A) -> T:
+        """Call what the program has given us; its mistakes are told as its own."""
+        try:
+            return hook(argument)
+        except FlowError:
+            raise
+        except Exception as error:
+            self.log.exception("%s() of this program failed", name)
+            raise Trouble("The server made a mistake.") from error
 
     def _user(self, request: Request) -> str:
         """Return who is logged in; raises Unauthorized."""
@@ -4326,7 +4359,7 @@ class UploadApp:
             return self._store_chunk(request, form)
         except FlowError as error:
             form.find_dialect()
-            return self._refusal(error, form.dialect)
+            return self._refusal(error, form.dialect, _METHODS)
 
     def _test(self, request: Request, form: _Form) -> Response:
         """Is this chunk, or what of this upload, here?  Changes nothing."""
@@ -4408,7 +4441,7 @@ class UploadApp:
         if self._users:
             owner = self._user(request)
         elif self._owner:
-            owner = self._owner(request)
+            owner = self._ask("owner", self._owner, request)
         names = (owner, chunk.identifier, chunk.relative_path)
         path = safe_path(chunk.relative_path, self._avoided)
         key = upload_key(*names, chunk.size)
@@ -4425,7 +4458,8 @@ class UploadApp:
         who = (upload.owner, upload.identifier)
         fields = form.other_fields()
         incoming = Incoming(*who, name, upload.path, upload.size, fields)
-        return upload._replace(path=safe_path(self._place(incoming), self._avoided))
+        path = self._ask("place", self._place, incoming)
+        return upload._replace(path=safe_path(path, self._avoided))
 
     # Limits
 
@@ -4489,6 +4523,7 @@ class UploadApp:
             "chunkSize": self.settings.chunk_size,
             "maxFileSize": self.settings.max_file_size,
             "maxChunkSize": self.settings.max_chunk_size,
+            "timeout": self.settings.timeout,
             "version": __version__,
         }
         body = page(settings, nonce).encode()
@@ -4770,7 +4805,10 @@ class _Form:
                 buffer, size = request.fill(not self._is_known)
             else:
                 assert request.read is not None
-                buffer = request.read(min(BLOCK_SIZE, left))
+                try:
+                    buffer = request.read(min(BLOCK_SIZE, left))
+                except OSError as error:
+                    raise Truncated("The connection broke.") from error
                 size = len(buffer)
             if not size and left == request.length and not request.fill:
                 raise Malformed(
@@ -4829,7 +4867,7 @@ class _Form:
             text = value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise Malformed("A text field of the form is not UTF-8.") from error
-        known = self.dialect._asdict().values() if self.dialect else ()
+        known = self.dialect.names if self.dialect else ()
         if (
             is_late
             and name not in self.given
@@ -4840,7 +4878,7 @@ class _Form:
 
     def other_fields(self) -> Dict[str, str]:
         """Return what the client sent beside the parameters of its library."""
-        known = set(map(str, self.dialect)) if self.dialect else set()
+        known = self.dialect.names + self.dialect.unused if self.dialect else ()
         return {
             name: value
             for name, value in self.given.items()
@@ -5195,13 +5233,11 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
         )
 
     def _refuse(self, error: _BadHead) -> None:
-        client = self.client_address[0]
-        self.server.app.log.info("%s refused: %s (%d)", client, error, error.status)
-        body = json.dumps({"success": False, "error": str(error)}).encode()
-        kind = ("Content-Type", "application/json")
+        log = self.server.app.log
+        log.info("%s refused: %s (%d)", self.client, error, error.status)
         head = Head("", "", 1, {"connection": "close"}, 0)
         self.wire.remaining = 1 << 62
-        self._send(head, Response(error.status, (kind,), body))
+        self._send(head, _json(error.status, {"success": False, "error": str(error)}))
 
     def _send(self, head: Head, response: Response) -> bool:
         """Send a response in one write; return whether the connection goes on."""
@@ -5389,10 +5425,13 @@ class FlowServer(http.server.ThreadingHTTPServer):
 
     def _turn_away(self, request: socket.socket) -> None:
         values = {"success": False, "error": "The server has too many connections."}
+        response = _json(503, values)
+        headers = response.headers + _REFUSAL_HEADERS[503]
         with contextlib.suppress(OSError):
             request.settimeout(0)
             if self.tls is None:
-                request.send(_response_bytes("", _json(503, values), False))
+                data = _response_bytes("", response._replace(headers=headers), False)
+                request.send(data)
         self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
@@ -5419,8 +5458,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
     def waiting(self, raw: socket.socket, connection: socket.socket) -> Iterator[None]:
         """Count an accepted socket as idle while it has no whole head."""
         with self._lock:
-            self._waiting.pop(raw, None)
-            self._waiting[raw] = connection
+            self._waiting[raw] = connection  # an accepted one keeps its place
         try:
             yield
         finally:
@@ -5501,9 +5539,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if is_check:
             return _check(settings)
         _require_apart(settings, find_config(config))
-        _start_log(settings)
     except SettingsError as error:
         return _fail(2, str(error))
+    try:
+        _start_log(settings)
     except OSError as error:
         return _fail(1, f"The log can't be written: {error}.")
     try:
@@ -5626,10 +5665,13 @@ def _add_user(settings: Settings, name: str) -> int:
     if "\0" in password:
         raise SettingsError("The password holds a character that can't be typed.")
     lines = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if line.partition(":")[0].strip() != name]
-    _write_privately(path, "".join(lines) + f"{name}:{hash_password(password)}\n")
+    try:
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                lines = [one for one in file if one.partition(":")[0].strip() != name]
+        _write_privately(path, "".join(lines) + f"{name}:{hash_password(password)}\n")
+    except (OSError, UnicodeDecodeError) as error:
+        return _fail(1, f"The file of users {path} can't be changed: {error}.")
     print(f"{name} may log in now ({path}).")
     return 0
 
@@ -5648,14 +5690,16 @@ def _check(settings: Settings) -> int:
     try:
         disk = Disk(settings.sync)
         store = Store(settings.upload_dir, settings.temp_dir, disk=disk)
-    except FlowError as error:
+        path, fd = store.process.new_part()
+        try:
+            results = list(_trials(store, settings, path, fd))
+        finally:
+            disk.close(fd)
+            store.process.drop_part(path)
+            store.close()
+    except (FlowError, OSError) as error:
         print(f"FAILED  {error}")
         return 1
-    path, fd = store.process.new_part()
-    results = list(_trials(store, settings, path, fd))
-    disk.close(fd)
-    store.process.drop_part(path)
-    store.close()
     for is_good, sentence in results:
         print(("ok      " if is_good else "FAILED  ") + sentence)
     return 0 if all(is_good for is_good, _ in results) else 1

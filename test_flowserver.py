@@ -200,6 +200,13 @@ def browser(
     return Message("GET" if method == "POST" else method, query)
 
 
+def prepared(message: Message, read: Any) -> Request:
+    """Return the request of a message, as an application gets it."""
+    headers = {name.lower(): value for name, value in message.headers.items()}
+    path, _, query = message.path.partition("?")
+    return Request(message.method, path, query, headers, len(message.body), read, "::1")
+
+
 # What comes back
 
 
@@ -3182,6 +3189,7 @@ class ProtocolTest(unittest.TestCase):
             ("DELETE", "/health"): 405,
             ("TRACE", "/upload"): 405,
             ("GET", "/nowhere"): 404,
+            ("POST", "/nowhere"): 404,
             ("GET", "/upload/"): 404,
             ("GET", "/sample"): 404,
             ("OPTIONS", "/upload"): 204,
@@ -3196,6 +3204,35 @@ class ProtocolTest(unittest.TestCase):
                 self.assertEqual(
                     "allow" in answer.headers, status == 405 or method == "OPTIONS"
                 )
+        allowed = [
+            send(self.app, "TRACE", p).headers["allow"] for p in ("/", "/upload")
+        ]
+        self.assertEqual(
+            [text.partition(", P")[0] for text in allowed], ["GET, HEAD"] * 2
+        )
+        self.assertEqual(["POST" in text for text in allowed], [False, True])
+
+    def test_only_what_is_final_says_that_it_is(self) -> None:
+        message = browser("a", noise(25), 1, 10)
+        cut = io.BytesIO(message.body[:-20])
+        junk = io.BytesIO(b"x" * len(message.body))
+        for body, is_final in ((junk, True), (cut, False)):
+            request = prepared(message, body.read)
+            answer = json.loads(self.app.handle(request).body)
+            self.assertIs("preventRetry" in answer, is_final, answer)
+
+    def test_connection_that_breaks_is_no_mistake_of_ours(self) -> None:
+        """As the streams of http.server, wsgiref and others say it."""
+
+        def read(size: int) -> bytes:
+            raise ConnectionResetError(104, "reset by peer")
+
+        for message in (browser("a", b"1"), Message("POST", "/nowhere", b"1")):
+            body = flowserver.CountingReader(read, len(message.body))
+            with self.assertLogs("flowserver") as logs:
+                answer = self.app.handle(prepared(message, body))
+            self.assertIn(answer.status, (404, 408))
+            self.assertNotIn("bug", "".join(logs.output))
 
 
 class LimitTest(unittest.TestCase):
@@ -3356,6 +3393,28 @@ class EmbeddingTest(unittest.TestCase):
             self.assertEqual(finished_files(app), {"a": noise(25)})
         self.assertIn('on_complete failed for "a"', logs.output[0])
         mistake.assert_called_once()
+
+    def test_mistake_in_another_function_is_told_as_its_own(self) -> None:
+        def boom(_: Any) -> Any:
+            raise KeyError("x-user")
+
+        for name in ("authorize", "owner", "place"):
+            with self.subTest(name), application(**{name: boom}) as app:
+                with self.assertLogs("flowserver", "ERROR") as logs:
+                    answer = send(app, *browser("a", b"1"))
+                self.assertEqual((answer.status, leftovers(app)), (503, {}))
+                self.assertIn(f"{name}() of this program failed", logs.output[0])
+
+    def test_fields_are_those_that_the_library_did_not_make(self) -> None:
+        for prefix in ("flow", "resumable"):
+            done: List[Any] = []
+            with application(on_complete=done.append) as app:
+                more = {"Type": "a/b"} if prefix == "resumable" else {}
+                fields = flow_parameters("a", b"1", prefix=prefix, **more)
+                fields["project"] = "7"
+                message = browser("a", b"1")._replace(body=multipart(fields, b"1"))
+                self.assertEqual(send(app, *message).status, 200)
+            self.assertEqual(done[0].fields, {"project": "7"})
 
     def test_authorize_refuses_with_its_sentence(self) -> None:
         def authorize(request: Request) -> Optional[str]:
@@ -4349,7 +4408,7 @@ class RefusalIsSeenTest(unittest.TestCase):
 
     def test_20_mb_for_nobody(self) -> None:
         message = Message("POST", "/nowhere", bytes(20 * MIB))
-        self.check_seen(405, message)
+        self.check_seen(404, message)
 
     def test_20_mb_after_a_head_that_is_refused(self) -> None:
         message = Message(
@@ -4419,7 +4478,7 @@ class PatienceTest(unittest.TestCase):
             with RawClient(server) as client:
                 client.send(head_of(Message("PUT", "/nowhere", bytes(10 * MIB))))
                 answer = client.answer()
-                self.assertEqual(answer and answer.status, 405)
+                self.assertEqual(answer and answer.status, 404)
                 with self.assertRaises(OSError):
                     for _ in range(500):
                         client.send(b".")
@@ -5073,6 +5132,16 @@ class CommandLineTest(InFolder):
         for words in (self.uploads, "locks hold", "a flush takes", "MiB are free"):
             self.assertIn(words, out)
         self.assertEqual(leftovers(self.uploads), {})
+
+    def test_file_of_users_that_cannot_be_used_is_a_sentence(self) -> None:
+        junk = self.path("junk")
+        with open(junk, "wb") as file:
+            file.write(b"\xff\xfe:")
+        for path in (junk, os.path.join(self.path("none"), "users")):
+            with mock.patch.object(sys, "stdin", io.StringIO("secret\n")):
+                status, _, err = run_main("--users-file", path, "--add-user", "a")
+            self.assertEqual(status, 1)
+            self.assertRegex(err, r"\Aflowserver: The file of users [^\n]+\n\Z")
 
     def test_check_tells_what_does_not_hold(self) -> None:
         flags = [*self.flags, "--check", "--min-free-space", "999999T"]
