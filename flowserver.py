@@ -1082,6 +1082,7 @@ def printable(text: str) -> str:
 BLOCK_SIZE = 256 * 1024
 _IDLE_LEDGERS = 64  # kept open between the chunks of their uploads
 _NOTE_SECONDS = 120  # what comes again after this long is no retry: a new sending
+_OUT_OF_ORDER_SECONDS = 10  # chunks of one sending may overtake the first one by this
 _QUIET_SECONDS = 120  # after this long whoever had another version has given up
 
 
@@ -1506,7 +1507,8 @@ class _Ledger:
         self.began: float = values.get("time", 0.0)
         self.ranges = Ranges(values.get("ranges", ()))  # recorded
         self.sent: Dict[str, Ranges] = {}  # recorded or compared equal, by sender
-        self.is_contested = False
+        self.refused = set(values.get("refused", ()))  # senders of another version
+        self.cuts: List[Tuple[int, int, str]] = []  # bodies that broke off, by sender
         self.intents: List[Tuple[str, int, Dict[str, str]]] = []
         self.finished: Optional[_Finished] = None
         self.is_announced = False
@@ -1522,6 +1524,19 @@ class _Ledger:
         """Whether somebody has sent every byte, so that nothing can be mixed."""
         size = self.upload.size
         return size == 0 or any(sent.total == size for sent in self.sent.values())
+
+    @property
+    def is_contested(self) -> bool:
+        """Whether a sender of another version has stored bytes, too."""
+        return any(sender in self.sent for sender in self.refused)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a sender's body broke off that might have shown a difference."""
+        return any(
+            sender in self.sent and self.sent[sender].gaps(start, end)
+            for start, end, sender in self.cuts
+        )
 
     def retire_data(self) -> None:
         """Let another data file be opened; who still reads this one may go on."""
@@ -1552,9 +1567,13 @@ class _Ledger:
         for attempt in self.attempts:
             attempt.overtaken(start, end)
 
-    def contest(self) -> None:
-        """Two senders have different versions."""
-        self.is_contested = True
+    def add_refused(self, sender: str) -> None:
+        """A sender has another version."""
+        self.refused.add(sender)
+
+    def add_cut(self, start: int, end: int, sender: str) -> None:
+        """A body broke off: nobody knows whether it was of this version."""
+        self.cuts.append((start, end, sender))
 
     def add_intent(self, path: str, inode: int, fields: Dict[str, str]) -> None:
         """The data file, which is this inode, is about to get this name."""
@@ -1585,7 +1604,8 @@ _LINES: Mapping[str, Callable[..., None]] = {
     "range": _Ledger.add_range,
     "sent": _Ledger.add_sent,
     "merge": _Ledger.add_merge,
-    "contested": _Ledger.contest,
+    "refused": _Ledger.add_refused,
+    "cut": _Ledger.add_cut,
     "publish": _Ledger.add_intent,
     "finished": _Ledger.finish,
     "announced": _Ledger.announce,
@@ -1984,7 +2004,14 @@ class Store:
                 return False
             if who != ledger.opener and who not in ledger.sent:
                 return False
-            self.drop(ledger)
+            others = set(ledger.sent) - {who}
+            data = self.data_path(ledger)
+            if others:  # their other chunks must not become part of what comes next
+                self._open_upload(ledger, ledger.upload, who, refused=others)
+                self._discard(data)
+                self._count_change(-1)
+            else:
+                self.drop(ledger)
             return True
 
     def sweep(self, stale_after: float, keep_receipts: float) -> None:
@@ -2101,6 +2128,8 @@ class Store:
             self._notice_fork()
             ledger = self._ledgers.get(key)
             if ledger is None or ledger.finished or not ledger.ranges.total:
+                return None
+            if ledger.is_complete:  # a crash may have left it
                 return None
             status = self.disk.stat(ledger.fd)
             is_known = status.st_nlink and status.st_size == ledger.offset
@@ -2234,7 +2263,9 @@ class Store:
         sender: str,
         ranges: Sequence[Tuple[int, int]] = (),
         generation: str = "",
+        refused: Iterable[str] = (),
     ) -> None:
+        """Write that an upload begins; `refused` are senders of another version."""
         values = {
             "version": 1,
             "generation": generation or secrets.token_hex(8),
@@ -2243,6 +2274,7 @@ class Store:
             "boot": "" if self.disk.sync else self.disk.boot_id(),
             "time": self.clock(),
             "ranges": ranges,
+            "refused": sorted(refused),
         }
         self.append(ledger, _ledger_line("upload", values))
         self._count_change(1)
@@ -2276,7 +2308,8 @@ class Store:
                 raise
             finally:
                 self.disk.close(fd)
-        self._open_upload(ledger, upload, sender, ranges, generation)
+        others = {note.sender for note in ledger.notes} - {sender}
+        self._open_upload(ledger, upload, sender, ranges, generation, others)
 
     def _copy(self, source: int, target: int, start: int, end: int) -> None:
         for low in range(start, end, BLOCK_SIZE):
@@ -2368,8 +2401,16 @@ class Store:
         Then a new upload must not begin with it, nor may it be missing there: the
         client begins once more, with nothing noted.
         """
-        mine = [note for note in ledger.notes if note.sender == body.sender]
-        if mine and mine[-1].time < self.clock() - _NOTE_SECONDS:
+        mine, now = (
+            [one for one in ledger.notes if one.sender == body.sender],
+            self.clock(),
+        )
+        if mine and mine[-1].time < now - _NOTE_SECONDS:
+            is_sure = False
+        # A sending begins with the first chunk, or nearly: what came long before that
+        # was one chunk again, whose answer had been lost.
+        began = min((note.time for note in mine if note.start == 0), default=now)
+        if any(note.time < began - _OUT_OF_ORDER_SECONDS for note in mine):
             is_sure = False
         if mine and not (is_sure and not any(note.is_retry for note in mine)):
             self.append(ledger, _ledger_line("afresh", body.sender))
@@ -2381,19 +2422,42 @@ class Store:
         """Raise Conflict: [start, end) is recorded with other bytes.
 
         What this sender alone had sent is forgotten, so that the next try starts
-        afresh, unless it came while this body was under way (`is_late`).  Where two
-        senders have stored bytes, nothing is finished that is not all of one version.
+        afresh, unless it came while this body was under way (`is_late`).  Beside bytes
+        of others nothing more of this sender is taken, and what both have stored is
+        finished only when somebody has sent all of it.
         """
         others = set(ledger.sent) - {body.sender}
         if not ledger.finished and not others and not is_late:
             self.drop(ledger)
-        elif not ledger.finished and others and body.sender in ledger.sent:
-            quiet = self.clock() - self.disk.stat(ledger.fd).st_mtime
-            if ledger.is_contested and quiet > _QUIET_SECONDS:
+        elif not ledger.finished and others:
+            if ledger.is_contested and self._is_quiet(ledger):
                 self.drop(ledger)
-            elif not ledger.is_contested:
-                self.append(ledger, _ledger_line("contested"))
+            elif body.sender not in ledger.refused:
+                self.append(ledger, _ledger_line("refused", body.sender))
         raise _different()
+
+    def require_welcome(self, ledger: _Ledger, body: Receiving) -> None:
+        """Raise Conflict when the sender has another version of an unfinished file."""
+        if body.sender in ledger.refused and not body.is_whole and not ledger.finished:
+            self.refuse_difference(ledger, body, body.start, body.end, is_late=True)
+
+    def _is_quiet(self, ledger: _Ledger) -> bool:
+        """Whether nobody has stored anything for so long that all have given up."""
+        return self.clock() - self.disk.stat(ledger.fd).st_mtime > _QUIET_SECONDS
+
+    def note_cut(self, body: Receiving) -> None:
+        """Write down that a body broke off: only its bytes might have shown that its
+        sender has another version.
+        """
+        if body.is_whole:
+            return
+        with contextlib.suppress(OSError, FlowError), self.entered(
+            body.upload
+        ) as ledger:
+            if ledger is None or ledger.finished or body.sender in ledger.refused:
+                return
+            line = _ledger_line("cut", body.start, body.end, body.sender)
+            self.append(ledger, line)
 
     def join(self, body: Receiving) -> None:
         """Count a body as under way, and let other processes know."""
@@ -2462,7 +2526,10 @@ class Store:
             fd = self._busy_fds.pop(key, None)
             ledger = self._ledgers.get(key)
             is_open = ledger is None or not (ledger.finished or ledger.is_dead)
-            is_mixed = len(ledger.sent) > 1 if ledger else fd is not None
+            is_mixed = fd is not None
+            if ledger:
+                is_news = self.disk.stat(ledger.fd).st_size != ledger.offset
+                is_mixed = len(ledger.sent) > 1 or is_news
         if fd is not None:
             self.disk.close(fd)
             if not is_open:
@@ -2495,7 +2562,7 @@ class Store:
         """
         if ledger.is_one_version:
             return True
-        if ledger.is_contested:
+        if ledger.is_contested or (ledger.is_doubtful and not self._is_quiet(ledger)):
             return False
         with self._mutex:
             bodies = self._bodies.get(ledger.key, ())
@@ -2599,6 +2666,11 @@ class Store:
         self._discard(data)
         self._unlink_busy(ledger.key)
         self._count_change(-1)
+
+    def finish_published(self, ledger: _Ledger) -> None:
+        """Finish what a crash left under its name already."""
+        if ledger.is_complete and not ledger.finished and self._published(ledger):
+            self._finish(ledger, None, {})
 
     def _published(self, ledger: _Ledger) -> str:
         """Return the name that a crash left the data file under, or ""."""
@@ -2814,6 +2886,7 @@ class Receiving:
         self.start = start
         self.end = end
         self.sender = sender
+        self._is_committed = False
         with contextlib.ExitStack() as undo:
             store.join(self)
             undo.callback(store.leave, self)
@@ -2844,6 +2917,8 @@ class Receiving:
     def _find_way(self) -> _Way:
         """Choose how the bytes get where they belong."""
         with self.store.entered(self.upload) as ledger:
+            if ledger is not None:
+                self.store.finish_published(ledger)
             if ledger is not None and ledger.finished and self.store.is_intact(ledger):
                 return _Repeated(self, ledger)
             if ledger is not None and ledger.ranges.total and not ledger.finished:
@@ -2899,12 +2974,15 @@ class Receiving:
             if progress is None:
                 self._change_way()
                 return self.commit(fields)
+            self._is_committed = True
             return progress
 
     def close(self) -> None:
         """Let go; without a commit() nothing of it is left."""
         try:
             self._way.close()
+            if not self._is_committed:
+                self.store.note_cut(self)
         finally:
             self.store.leave(self)
 
@@ -3002,6 +3080,8 @@ class _InPlace(_Way):
         taken = [claim for rival in rivals for claim in rival.claims]
         if any(a < d and c < b for a, b in gaps for c, d in taken):
             return False
+        if gaps:
+            self.store.require_welcome(ledger, body)
         if gaps and not self.store.make_home(ledger):
             return False
         if gaps:
@@ -3072,8 +3152,10 @@ class _InPlace(_Way):
                 raise _cancelled()
             self.store.require_flushed(ledger, self.failed_flushes)
             gaps = ledger.ranges.gaps(body.start, body.end)
-            if self.is_overtaken:
-                raise _different() if not gaps else _undone()
+            if gaps:
+                self.store.require_welcome(ledger, body)
+            if self.is_overtaken:  # sent again, it is compared
+                raise _undone()
             self.record(ledger, gaps)
             self._drop_claims()
             progress = self.store.settle(ledger, body, fields)
@@ -3155,6 +3237,8 @@ class _Aside(_Way):
             if not _are_equal(self.disk, store.data(ledger), self.fd, low, high):
                 store.refuse_difference(ledger, body, low, high, is_late=True)
         gaps = ledger.ranges.gaps(body.start, body.end)
+        if gaps:
+            store.require_welcome(ledger, body)
         self._close_for_rename()
         if not store.adopt(ledger, self.path):
             failed_flushes = ledger.failed_flushes
@@ -3436,8 +3520,7 @@ const $ = (selector, within = document) => within.querySelector(selector);
 const settings = JSON.parse($('#settings').textContent);
 const chunkSize = Math.min(settings.chunkSize, settings.maxChunkSize || Infinity);
 const maxRequests = 3, maxWaitSeconds = 60;
-// More than the server itself waits for a silent connection.
-const stallSeconds = Math.max(90, 1.5 * settings.timeout);
+const stallSeconds = Math.max(90, 1.5 * settings.timeout);  // longer than the server waits
 const limit = `Files may have up to ${sizeInWords(settings.maxFileSize)}.`;
 const uploads = new Set();  // as listed
 const total = {moved: 0, speed: 0};     // bytes since the last second, bytes a second

@@ -1934,7 +1934,9 @@ class StoreTest(unittest.TestCase):
         for data, start, sender in ((mine, 300, "anna"), (theirs, 0, "bert")):
             with self.assertRaises(flowserver.Conflict):
                 put(self.store, data, start, start + 300, sender)
-        self.assertIsNone(put(self.store, mine, 600, 900, "anna").done)
+        for data, sender in ((mine, "anna"), (theirs, "bert")):
+            with self.assertRaises(flowserver.Conflict):  # nothing more of either
+                put(self.store, data, 600, 900, sender)
         self.assertEqual(self.files(), {})
         os.utime(self.ledger(), (self.now - 600, self.now - 600))
         with self.assertRaises(flowserver.Conflict):
@@ -1956,8 +1958,111 @@ class StoreTest(unittest.TestCase):
         put(self.store, self.data, 300, 600, "bert")
         self.assertIsNone(put(self.store, self.data, 600, 900, "bert").done)
         self.assertEqual(self.files(), {})
+        late.write(self.data[200:300])
+        self.assertIsNotNone(late.commit().done)
         late.close()
         self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def test_end_waits_for_what_broke_off_before_it_could_differ(self) -> None:
+        """Till it comes again, or nobody has sent anything for two minutes."""
+        for comes_again in (True, False):
+            path = f"{comes_again}.bin"
+            put(self.store, self.data, 0, 300, "anna", path)
+            with self.store.receive(upload_of(self.data, path), 0, 300, "bert"):
+                pass
+            put(self.store, self.data, 300, 600, "bert", path)
+            done = put(self.store, self.data, 600, 900, "bert", path).done
+            self.assertIsNone(done)
+            if comes_again:
+                done = put(self.store, self.data, 0, 300, "bert", path).done
+                self.assertIsNotNone(done)
+        self.now = time.time() + 60
+        self.store.sweep(1e9, 1e9)
+        self.assertEqual(len(self.files()), 1)
+        self.now += 120
+        self.store.sweep(1e9, 1e9)
+        self.assertEqual(len(self.files()), 2)
+
+    def test_whoever_is_refused_adds_nothing_more(self) -> None:
+        """Chunks of flow.js come three at a time: the others are on their way."""
+        other = noise(900, 2)
+        put(self.store, self.data, 0, 300, "anna")
+        upload = upload_of(self.data)
+        bodies = [self.store.receive(upload, a, b, "bert") for a, b in thirds(900)]
+        for body in bodies:
+            with self.assertRaises(flowserver.Conflict):
+                body.write(other[body.start : body.end])
+                body.commit()
+            body.close()
+        for low, high in thirds(900):
+            put(self.store, self.data, low, high, "anna")
+        self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def test_overtaken_bytes_are_sent_again_and_compared(self) -> None:
+        """Whether they were other bytes or the same, nobody knows any more."""
+        other = self.data[:300] + noise(600, 2)
+        put(self.store, self.data, 0, 300, "anna")
+        put(self.store, other, 0, 300, "bert")
+        with self.store.receive(upload_of(other), 300, 600, "bert") as body:
+            body.write(other[300:600])
+            put(self.store, self.data, 300, 600, "anna")
+            with self.assertRaises(flowserver.Trouble):
+                body.commit()
+        with self.assertRaises(flowserver.Conflict):
+            put(self.store, other, 300, 600, "bert")
+        with self.assertRaises(flowserver.Conflict):
+            put(self.store, other, 600, 900, "bert")
+        put(self.store, self.data, 600, 900, "anna")
+        self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def test_difference_of_one_is_no_beginning_for_another(self) -> None:
+        """Two people send again what is finished; one of them has changed it."""
+        other = noise(900, 2)
+        for low, high in thirds(900):
+            put(self.store, self.data, low, high, "anna")
+        put(self.store, self.data, 0, 300, "anna")
+        put(self.store, other, 0, 300, "bert")
+        for low, high in thirds(900)[1:]:
+            with self.assertRaises(flowserver.Conflict):
+                put(self.store, self.data, low, high, "anna")
+            put(self.store, other, low, high, "bert")
+        self.assertEqual(self.files(), {"a.bin": self.data, "a (1).bin": other})
+
+    def test_what_one_of_two_cancels_is_not_gone_on_with_by_the_other(self) -> None:
+        other = noise(900, 2)
+        put(self.store, self.data, 0, 300, "anna")
+        put(self.store, self.data, 0, 300, "bert")
+        self.assertTrue(self.store.forget(upload_of(self.data), "bert"))
+        self.assertEqual(sum(n.endswith(".data") for n in self.state()), 0)
+        put(self.store, other, 0, 300, "bert")
+        for low, high in thirds(900)[1:]:
+            with self.assertRaises(flowserver.Conflict):
+                put(self.store, self.data, low, high, "anna")
+            put(self.store, other, low, high, "bert")
+        self.assertEqual(self.files(), {"a.bin": other})
+
+    def test_chunk_after_a_crash_between_name_and_line_finishes(self) -> None:
+        disk = flowserver.Disk(sync=False)
+        disk.links = False  # what is renamed has its data file no more
+        store = self.open(disk=disk)
+        disk.links = False
+        put(store, self.data, 0, 600)
+        with mock.patch.object(store, "append", self.append_until("finished", store)):
+            with self.assertRaises(Killed):
+                put(store, self.data, 600, 900)
+        self.assertIsNotNone(put(self.open(), self.data, 600, 900).done)
+        self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def append_until(self, word: str, store: Store) -> Any:
+        """Return Store.append that is killed before a line with this word."""
+        original = store.append
+
+        def append(ledger: Any, text: bytes) -> None:
+            if word.encode() in text:
+                raise Killed
+            original(ledger, text)
+
+        return append
 
     def test_end_waits_for_bodies_of_other_processes(self) -> None:
         other = self.open()
@@ -2010,9 +2115,9 @@ class StoreTest(unittest.TestCase):
         """This process has not read yet that a second one has sent bytes."""
         other = self.open()
         put(other, self.data, 0, 300, "anna")
+        late = other.receive(upload_of(self.data), 0, 300, "anna")
         put(self.store, self.data, 300, 600, "bert")
-        late = other.receive(upload_of(self.data), 0, 300, "bert")
-        put(self.store, self.data, 600, 900, "anna")
+        put(self.store, self.data, 600, 900, "bert")
         late.close()
         self.assertEqual(self.files(), {"a.bin": self.data})
 
@@ -2116,6 +2221,19 @@ class StoreTest(unittest.TestCase):
             put(self.store, other, low, high)
         self.assertEqual(self.files(), {"a.bin": self.data, "a (1).bin": other})
 
+    def test_lost_answer_is_no_beginning_of_another_version(self) -> None:
+        """A chunk that came once more after the end, and then a changed file."""
+        for low, high in thirds(900):
+            put(self.store, self.data, low, high)
+        put(self.store, self.data, 300, 600)
+        self.now += 30
+        other = noise(900, 2)
+        with self.assertRaises(flowserver.Conflict):
+            put(self.store, other, 0, 300)
+        for low, high in thirds(900):
+            put(self.store, other, low, high)
+        self.assertEqual(self.files(), {"a.bin": self.data, "a (1).bin": other})
+
     def test_notes_end_after_two_minutes_of_silence(self) -> None:
         for low, high in thirds(900):
             put(self.store, self.data, low, high)
@@ -2139,6 +2257,7 @@ class StoreTest(unittest.TestCase):
             self.store.sweep(10, 10)
             self.open().sweep(10, 10)
             self.assertTrue(os.path.exists(self.ledger()))
+        os.utime(self.ledger(), (self.now - 50, self.now - 50))
         self.store.sweep(10, 10)
         left = [name for name in os.listdir(state) if not name.endswith(".live")]
         self.assertEqual((left, self.store.open_uploads), ([], 0))
