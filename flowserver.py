@@ -1508,7 +1508,10 @@ class _Ledger:
         self.ranges = Ranges(values.get("ranges", ()))  # recorded
         self.sent: Dict[str, Ranges] = {}  # recorded or compared equal, by sender
         self.refused = set(values.get("refused", ()))  # senders of another version
+        # Whose bytes were forgotten with another's; they must begin once more.
+        self.forgotten = set(values.get("forgotten", ()))
         self.cuts: List[Tuple[int, int, str]] = []  # bodies that broke off, by sender
+        self.went_on: Set[str] = set()  # who stored bytes after that
         self.intents: List[Tuple[str, int, Dict[str, str]]] = []
         self.finished: Optional[_Finished] = None
         self.is_announced = False
@@ -1531,12 +1534,13 @@ class _Ledger:
         return any(sender in self.sent for sender in self.refused)
 
     @property
-    def is_doubtful(self) -> bool:
-        """Whether a sender's body broke off that might have shown a difference."""
-        return any(
-            sender in self.sent and self.sent[sender].gaps(start, end)
+    def doubtful(self) -> Set[str]:
+        """Who stored bytes, and had a body break off that might have differed."""
+        return {
+            sender
             for start, end, sender in self.cuts
-        )
+            if sender in self.sent and self.sent[sender].gaps(start, end)
+        }
 
     def retire_data(self) -> None:
         """Let another data file be opened; who still reads this one may go on."""
@@ -1557,10 +1561,14 @@ class _Ledger:
         """A range is stored."""
         self.ranges.add(start, end)
         self.add_sent(start, end, sender)
+        if self.cuts and any(sender == who for _, _, who in self.cuts):
+            self.went_on.add(sender)
 
     def add_sent(self, start: int, end: int, sender: str) -> None:
         """A sender has sent a range, and it is what is stored."""
         self.sent.setdefault(sender, Ranges()).add(start, end)
+        if start == 0:
+            self.forgotten.discard(sender)
 
     def add_merge(self, start: int, end: int) -> None:
         """Bytes that were not recorded are about to be overwritten."""
@@ -2004,14 +2012,7 @@ class Store:
                 return False
             if who != ledger.opener and who not in ledger.sent:
                 return False
-            others = set(ledger.sent) - {who}
-            data = self.data_path(ledger)
-            if others:  # their other chunks must not become part of what comes next
-                self._open_upload(ledger, ledger.upload, who, refused=others)
-                self._discard(data)
-                self._count_change(-1)
-            else:
-                self.drop(ledger)
+            self._forget_all(ledger, who)
             return True
 
     def sweep(self, stale_after: float, keep_receipts: float) -> None:
@@ -2264,8 +2265,8 @@ class Store:
         ranges: Sequence[Tuple[int, int]] = (),
         generation: str = "",
         refused: Iterable[str] = (),
+        forgotten: Iterable[str] = (),
     ) -> None:
-        """Write that an upload begins; `refused` are senders of another version."""
         values = {
             "version": 1,
             "generation": generation or secrets.token_hex(8),
@@ -2275,6 +2276,7 @@ class Store:
             "time": self.clock(),
             "ranges": ranges,
             "refused": sorted(refused),
+            "forgotten": sorted(forgotten),
         }
         self.append(ledger, _ledger_line("upload", values))
         self._count_change(1)
@@ -2308,8 +2310,11 @@ class Store:
                 raise
             finally:
                 self.disk.close(fd)
-        others = {note.sender for note in ledger.notes} - {sender}
-        self._open_upload(ledger, upload, sender, ranges, generation, others)
+        # Whoever sent the finished file may still be at it: that is another version.
+        others = {note.sender for note in ledger.notes}
+        if not self._is_quiet(ledger):
+            others |= ledger.refused | set(ledger.sent)
+        self._open_upload(ledger, upload, sender, ranges, generation, others - {sender})
 
     def _copy(self, source: int, target: int, start: int, end: int) -> None:
         for low in range(start, end, BLOCK_SIZE):
@@ -2431,13 +2436,30 @@ class Store:
             self.drop(ledger)
         elif not ledger.finished and others:
             if ledger.is_contested and self._is_quiet(ledger):
-                self.drop(ledger)
+                self._forget_all(ledger, body.sender)
             elif body.sender not in ledger.refused:
                 self.append(ledger, _ledger_line("refused", body.sender))
         raise _different()
 
+    def _forget_all(self, ledger: _Ledger, sender: str) -> None:
+        """Drop an upload for one of its senders.
+
+        Chunks of the others must not become part of what comes next: they have to begin
+        once more.
+        """
+        others = {*ledger.sent, *ledger.forgotten} - {sender}
+        if not others:
+            self.drop(ledger)
+            return
+        data = self.data_path(ledger)
+        self._open_upload(ledger, ledger.upload, sender, forgotten=others)
+        self._discard(data)
+        self._count_change(-1)
+
     def require_welcome(self, ledger: _Ledger, body: Receiving) -> None:
         """Raise Conflict when the sender has another version of an unfinished file."""
+        if body.sender in ledger.forgotten and body.start > 0 and not body.is_whole:
+            raise _cancelled()
         if body.sender in ledger.refused and not body.is_whole and not ledger.finished:
             self.refuse_difference(ledger, body, body.start, body.end, is_late=True)
 
@@ -2562,7 +2584,7 @@ class Store:
         """
         if ledger.is_one_version:
             return True
-        if ledger.is_contested or (ledger.is_doubtful and not self._is_quiet(ledger)):
+        if ledger.is_contested or not self._is_beyond_doubt(ledger):
             return False
         with self._mutex:
             bodies = self._bodies.get(ledger.key, ())
@@ -2571,6 +2593,18 @@ class Store:
             if bodies and not is_alone:
                 self._deferred.setdefault(ledger.key, fields)
         return is_alone
+
+    def _is_beyond_doubt(self, ledger: _Ledger) -> bool:
+        """Whether what broke off does not speak against one version.
+
+        Somebody whose network changed in the middle of a chunk goes on from another
+        address, and from the old one nothing more comes.
+        """
+        doubtful = ledger.doubtful
+        if not doubtful:
+            return True
+        is_handed_over = len(doubtful) == 1 and not doubtful & ledger.went_on
+        return is_handed_over and self._is_quiet(ledger)
 
     # The end
 
@@ -3218,6 +3252,7 @@ class _Aside(_Way):
         with store.entered(body.upload, opener) as ledger:
             if ledger is None or self.generation not in ("", ledger.generation):
                 raise _cancelled()
+            store.finish_published(ledger)
             self._bring_in(ledger)
             progress = store.settle(ledger, body, fields)
             store.keep(ledger)

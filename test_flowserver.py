@@ -1964,24 +1964,29 @@ class StoreTest(unittest.TestCase):
         self.assertEqual(self.files(), {"a.bin": self.data})
 
     def test_end_waits_for_what_broke_off_before_it_could_differ(self) -> None:
-        """Till it comes again, or nobody has sent anything for two minutes."""
-        for comes_again in (True, False):
-            path = f"{comes_again}.bin"
-            put(self.store, self.data, 0, 300, "anna", path)
-            with self.store.receive(upload_of(self.data, path), 0, 300, "bert"):
-                pass
-            put(self.store, self.data, 300, 600, "bert", path)
-            done = put(self.store, self.data, 600, 900, "bert", path).done
-            self.assertIsNone(done)
-            if comes_again:
-                done = put(self.store, self.data, 0, 300, "bert", path).done
-                self.assertIsNotNone(done)
-        self.now = time.time() + 60
+        """Who goes on with other chunks must send this one again, too."""
+        put(self.store, self.data, 0, 300, "anna")
+        with self.store.receive(upload_of(self.data), 0, 300, "bert"):
+            pass
+        put(self.store, self.data, 300, 600, "bert")
+        self.assertIsNone(put(self.store, self.data, 600, 900, "bert").done)
+        self.now = time.time() + 200
         self.store.sweep(1e9, 1e9)
-        self.assertEqual(len(self.files()), 1)
-        self.now += 120
-        self.store.sweep(1e9, 1e9)
-        self.assertEqual(len(self.files()), 2)
+        self.assertEqual(self.files(), {})
+        self.assertIsNotNone(put(self.store, self.data, 0, 300, "bert").done)
+        self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def test_network_that_changes_in_the_middle_of_a_chunk(self) -> None:
+        """Nothing more comes from the old address: after two minutes that is sure."""
+        put(self.store, self.data, 0, 300, "old address")
+        with self.store.receive(upload_of(self.data), 300, 600, "old address") as body:
+            body.write(self.data[300:400])
+        put(self.store, self.data, 300, 600, "new address")
+        put(self.store, self.data, 600, 900, "new address")
+        for seconds, files in ((60, {}), (180, {"a.bin": self.data})):
+            self.now = time.time() + seconds
+            self.store.sweep(1e9, 1e9)
+            self.assertEqual(self.files(), files)
 
     def test_whoever_is_refused_adds_nothing_more(self) -> None:
         """Chunks of flow.js come three at a time: the others are on their way."""

@@ -60,23 +60,15 @@ from attack import flowserver, quick_folder
 RUNS = int(os.environ.get("FLOWSERVER_INTERLEAVINGS") or 1200)
 FIRST_SEED = int(os.environ.get("FLOWSERVER_SEED") or 1)
 
-# What flowserver is known to get wrong; the model keeps clear of it.  To see one of
+# What flowserver can't know or does not do; the model keeps clear of it.  To see one of
 # them fail, FLOWSERVER_KNOWN lists the numbers, from 0 on, of the others.
-GOES_ON = "a refused client's other chunks are still stored"
-IS_CUT = "a chunk is cut before it shows that it differs"
-OVERTAKES = "two people write one chunk at one time"
-AGAIN = "two people send again what is finished"
-ODD = "a range is overtaken by one that begins elsewhere"
-DELETED = "one of two people deletes what both have begun"
-RENAMED = "a crash after the rename: a chunk that comes again finds no data"
-LATE = "the last body does not know yet that there are two senders"
-ALL_KNOWN = (GOES_ON, IS_CUT, OVERTAKES, AGAIN, ODD, DELETED, RENAMED, LATE)
-MIXING = frozenset(
-    (GOES_ON, IS_CUT, OVERTAKES, AGAIN, DELETED)
-)  # where two chunks differ
+IS_CUT = "two people both break off a chunk before it differs, and never come back"
+ODD = "a range is overtaken by one that begins elsewhere: it is to be sent again"
+DELETED = "who cancels an upload goes on with it in the middle"
+ALL_KNOWN = (IS_CUT, ODD, DELETED)
+MIXING = frozenset((IS_CUT, DELETED))  # where two chunks differ
 KNOWN = frozenset(
-    ALL_KNOWN[int(word)]
-    for word in os.environ.get("FLOWSERVER_KNOWN", "0 1 2 3 4 5 6 7").split()
+    ALL_KNOWN[int(word)] for word in os.environ.get("FLOWSERVER_KNOWN", "0 1 2").split()
 )
 
 CHUNK = 10
@@ -397,6 +389,7 @@ class World:
             Client(name, number if plan.is_contest else 0)
             for number, name in enumerate(("anna", "bert")[: plan.people])
         ]
+        self.is_doubtful = False  # one of several people's bodies broke off
         self.sites: list[Site] = [Site(number) for number in range(plan.sites)]
         for site in self.sites:
             site.disk = ModelDisk(self, plan.system)
@@ -516,10 +509,6 @@ class World:
             for body in self.bodies
             if not body.site.is_in_call and body.is_given_up == is_given_up
         ]
-        if is_given_up:
-            return bodies
-        if self.plan.is_contest and GOES_ON in self.known:
-            bodies = [body for body in bodies if not body.client.is_in_call]
         return bodies
 
     def step(self) -> None:
@@ -587,15 +576,12 @@ class World:
     def next_in_order(self, client: Client) -> tuple[int, int] | None:
         """Three at a time; from the beginning when all is sent, or refused."""
         own = [body for body in self.bodies if body.client is client]
-        if len(own) >= 3 or (self.kept and AGAIN in self.known):
+        if len(own) >= 3:
             return None
         if not client.left:
             if own:
                 return None
             client.left = spans(self.plan.size)
-        rivals = {body.start for body in self.bodies if body.client is not client}
-        if client.left[0][0] in rivals and OVERTAKES in self.known:
-            return None
         return client.left.pop(0)
 
     def go_on(self, _: Site) -> None:
@@ -691,10 +677,6 @@ class World:
         is_known = text.startswith(("Other bytes", "Another"))
         if self.is_odd and ODD in self.known and is_known:
             return
-        if "folder is gone" in text and RENAMED in self.known:
-            is_renamed = self.plan.system != "posix" or self.plan.policy == "replace"
-            assert self.has_died and is_renamed, f"nobody died: {error!r}"
-            return
         is_right = self.plan.versions > 1 and is_known
         assert is_right, f"is refused without a reason: {error!r}"
         current = [ack for ack in self.acks if not self.is_finished(ack)]
@@ -707,9 +689,6 @@ class World:
         body.is_given_up = True
         if self.plan.is_contest:
             body.client.left = []
-            for one in self.bodies:
-                if one.client is body.client and GOES_ON in self.known:
-                    one.is_given_up = True
         self.close_given_up()
 
     def close_given_up(self) -> None:
@@ -719,6 +698,7 @@ class World:
     def close(self, body: Body) -> None:
         self.note(f"{body.site.number}: #{body.number} is closed")
         self.bodies.remove(body)
+        self.is_doubtful |= self.plan.people > 1 and not body.is_recorded
         self.call(body.site, body.receiving.close)
 
     def cut(self, _: Site) -> None:
@@ -982,13 +962,12 @@ class World:
 
     def check_end(self) -> None:
         """Of one version, all that was acknowledged is a file in the end."""
-        is_late = self.plan.sites > 1 and self.plan.people > 1 and LATE in self.known
-        if self.has_died or self.plan.system == "windows" or is_late:
+        if self.has_died or self.plan.system == "windows":
             self.now += PAUSE
             self.note(f"{PAUSE} seconds later")
             self.sweep(self.rng.choice(self.sites))
-        if self.covered.total < self.plan.size:
-            return
+        if self.covered.total < self.plan.size or self.is_doubtful:
+            return  # what broke off must come again before several people's file ends
         self.counts["ends"] += 1
         assert list(self.look().published.values()) == self.versions, "not finished"
 
