@@ -3166,6 +3166,7 @@ class _InPlace(_Way):
         with self.store.locked(self.ledger):
             if not self.is_current():
                 raise _cancelled()
+            self.store.finish_published(self.ledger)
             if self._is_equal(block, offset):
                 return
             is_late = any(a < end and offset < b for a, b in self.claims)
