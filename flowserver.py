@@ -716,12 +716,13 @@ class MultipartParser:
         """Return where the longest beginning of a delimiter at the end begins."""
         start: int = max(position, end - len(self._delimiter) + 1)
         while True:
-            start = block.find(b"\r", start, end)
+            start = block.find(b"\r\n", start, end)
             if start < 0:
-                return end
+                break
             if self._delimiter.startswith(block[start:end]):
                 return start
-            start += 1
+            start += 2
+        return end - 1 if block.endswith(b"\r", position, end) else end
 
     def _epilogue(
         self, block: Any, position: int, end: int, events: List[Event]
