@@ -1511,7 +1511,7 @@ class _Ledger:
         self.refused = set(values.get("refused", ()))  # senders of another version
         # Whose bytes were forgotten with another's; they must begin once more.
         self.forgotten = set(values.get("forgotten", ()))
-        self.cuts: List[Tuple[int, int, str]] = []  # bodies that broke off, by sender
+        self.cuts: Dict[str, Ranges] = {}  # of bodies that broke off, by sender
         self.went_on: Set[str] = set()  # who stored bytes after that
         self.intents: List[Tuple[str, int, Dict[str, str]]] = []
         self.finished: Optional[_Finished] = None
@@ -1539,8 +1539,8 @@ class _Ledger:
         """Who stored bytes, and had a body break off that might have differed."""
         return {
             sender
-            for start, end, sender in self.cuts
-            if sender in self.sent and self.sent[sender].gaps(start, end)
+            for sender, cut in self.cuts.items()
+            if sender in self.sent and any(self.sent[sender].gaps(*one) for one in cut)
         }
 
     def retire_data(self) -> None:
@@ -1562,7 +1562,7 @@ class _Ledger:
         """A range is stored."""
         self.ranges.add(start, end)
         self.add_sent(start, end, sender)
-        if self.cuts and any(sender == who for _, _, who in self.cuts):
+        if sender in self.cuts:
             self.went_on.add(sender)
 
     def add_sent(self, start: int, end: int, sender: str) -> None:
@@ -1582,7 +1582,7 @@ class _Ledger:
 
     def add_cut(self, start: int, end: int, sender: str) -> None:
         """A body broke off: nobody knows whether it was of this version."""
-        self.cuts.append((start, end, sender))
+        self.cuts.setdefault(sender, Ranges()).add(start, end)
 
     def add_intent(self, path: str, inode: int, fields: Dict[str, str]) -> None:
         """The data file, which is this inode, is about to get this name."""
@@ -2407,10 +2407,8 @@ class Store:
         Then a new upload must not begin with it, nor may it be missing there: the
         client begins once more, with nothing noted.
         """
-        mine, now = (
-            [one for one in ledger.notes if one.sender == body.sender],
-            self.clock(),
-        )
+        now = self.clock()
+        mine = [note for note in ledger.notes if note.sender == body.sender]
         if mine and mine[-1].time < now - _NOTE_SECONDS:
             is_sure = False
         # A sending begins with the first chunk, or nearly: what came long before that
@@ -2469,18 +2467,22 @@ class Store:
         return self.clock() - self.disk.stat(ledger.fd).st_mtime > _QUIET_SECONDS
 
     def note_cut(self, body: Receiving) -> None:
-        """Write down that a body broke off: only its bytes might have shown that its
-        sender has another version.
+        """Write down that a body broke off, once for each range and sender.
+
+        Only its bytes might have shown that its sender has another version.
         """
         if body.is_whole:
             return
-        with contextlib.suppress(OSError, FlowError), self.entered(
-            body.upload
-        ) as ledger:
-            if ledger is None or ledger.finished or body.sender in ledger.refused:
-                return
-            line = _ledger_line("cut", body.start, body.end, body.sender)
-            self.append(ledger, line)
+        try:
+            with self.entered(body.upload) as ledger:
+                if ledger is None or ledger.finished or body.sender in ledger.refused:
+                    return
+                if ledger.cuts.get(body.sender, Ranges()).gaps(body.start, body.end):
+                    line = _ledger_line("cut", body.start, body.end, body.sender)
+                    self.append(ledger, line)
+        except OSError as error:  # the body's own trouble is what the client is told
+            name = body.upload.path
+            self.warnings.append(f"{name}: can't note what broke off: {error}")
 
     def join(self, body: Receiving) -> None:
         """Count a body as under way, and let other processes know."""
@@ -3117,9 +3119,8 @@ class _InPlace(_Way):
             return False
         if gaps:
             self.store.require_welcome(ledger, body)
-        if gaps and not self.store.make_home(ledger):
-            return False
-        if gaps:
+            if not self.store.make_home(ledger):
+                return False
             ledger.attempts.append(self)
         self.claims, self.failed_flushes = gaps, ledger.failed_flushes
         self.has_claimed = True
@@ -4263,7 +4264,7 @@ class UploadApp:
             response = self._answer(request)
         except FlowError as error:
             response = self._refusal(error, None)
-        except Exception:
+        except Exception:  # a mistake of ours: nobody else may suffer from it
             self.log.exception("this is a bug of flowserver's, please report it")
             response = self._refusal(Trouble("The server made a mistake."), None)
         self._log_request(request, response, self._clock() - started)
@@ -4423,9 +4424,9 @@ class UploadApp:
             return hook(argument)
         except FlowError:
             raise
-        except Exception as error:
+        except Exception:  # whatever a stranger's function may raise
             self.log.exception("%s() of this program failed", name)
-            raise Trouble("The server made a mistake.") from error
+            raise Trouble("The server made a mistake.") from None
 
     def _user(self, request: Request) -> str:
         """Return who is logged in; raises Unauthorized."""
@@ -4551,7 +4552,7 @@ class UploadApp:
         assert self._on_complete is not None
         try:
             self._on_complete(done)
-        except Exception:
+        except Exception:  # whatever a stranger's function may raise
             name = printable(done.relative_path)
             self.log.exception("on_complete failed for %s; the file stays", name)
 
