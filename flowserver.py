@@ -2551,10 +2551,7 @@ class Store:
             fd = self._busy_fds.pop(key, None)
             ledger = self._ledgers.get(key)
             is_open = ledger is None or not (ledger.finished or ledger.is_dead)
-            is_mixed = fd is not None
-            if ledger:
-                is_news = self.disk.stat(ledger.fd).st_size != ledger.offset
-                is_mixed = len(ledger.sent) > 1 or is_news
+            is_mixed = len(ledger.sent) > 1 if ledger else fd is not None
         if fd is not None:
             self.disk.close(fd)
             if not is_open:

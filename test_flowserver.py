@@ -358,6 +358,16 @@ class QuickServer(FlowServer):
 
 
 @contextlib.contextmanager
+def closing_server(app: UploadApp) -> Iterator[FlowServer]:
+    """Yield a server that was not started."""
+    server = FlowServer(app)
+    try:
+        yield server
+    finally:
+        server.server_close()
+
+
+@contextlib.contextmanager
 def serving(**arguments: Any) -> Iterator[FlowServer]:
     """Yield a running server over application(...) on a free port of this machine."""
     with application(**{"port": 0, **arguments}) as app:
@@ -2021,17 +2031,53 @@ class StoreTest(unittest.TestCase):
         self.assertEqual(self.files(), {"a.bin": self.data})
 
     def test_difference_of_one_is_no_beginning_for_another(self) -> None:
-        """Two people send again what is finished; one of them has changed it."""
-        other = noise(900, 2)
-        for low, high in thirds(900):
-            put(self.store, self.data, low, high, "anna")
-        put(self.store, self.data, 0, 300, "anna")
-        put(self.store, other, 0, 300, "bert")
-        for low, high in thirds(900)[1:]:
-            with self.assertRaises(flowserver.Conflict):
-                put(self.store, self.data, low, high, "anna")
-            put(self.store, other, low, high, "bert")
-        self.assertEqual(self.files(), {"a.bin": self.data, "a (1).bin": other})
+        """Two people send what is finished; one of them has changed it."""
+        for comes_again, is_quiet in ((True, True), (True, False), (False, False)):
+            path = f"{comes_again}-{is_quiet}.bin"
+            other = noise(900, 2)
+            for low, high in thirds(900):
+                put(self.store, self.data, low, high, "anna", path)
+            if comes_again:
+                put(self.store, self.data, 0, 300, "anna", path)
+            self.now = time.time() + 60
+            if is_quiet:
+                state = os.path.join(self.folder, ".flowserver", "v1")
+                old = self.now - 600
+                for name in os.listdir(state):
+                    os.utime(os.path.join(state, name), (old, old))
+            put(self.store, other, 0, 300, "bert", path)
+            for low, high in thirds(900)[1:]:
+                with self.assertRaises(flowserver.Conflict):
+                    put(self.store, self.data, low, high, "anna", path)
+                put(self.store, other, low, high, "bert", path)
+            files = self.files()
+            self.assertEqual(files[path], self.data)
+            self.assertEqual(files[path.replace(".bin", " (1).bin")], other)
+
+    def test_chunk_after_a_cancel_in_another_process_begins_anew(self) -> None:
+        """What this process remembers of the upload is nothing any more."""
+        put(self.store, self.data, 0, 300)
+        self.assertTrue(self.open().forget(upload_of(self.data), "anna"))
+        self.assertEqual(put(self.store, self.data, 300, 600).received, 300)
+
+    def test_what_broke_off_is_noted_once(self) -> None:
+        put(self.store, self.data, 0, 300)
+        sizes = set()
+        for _ in range(5):
+            with self.store.receive(upload_of(self.data), 300, 600, "eve"):
+                pass
+            sizes.add(os.path.getsize(self.ledger()))
+        self.assertEqual(len(sizes), 1)
+
+    def test_trouble_with_what_broke_off_is_told_and_changes_nothing(self) -> None:
+        put(self.store, self.data, 0, 300)
+        body = self.store.receive(upload_of(self.data), 300, 600, "anna")
+        full = mock.Mock(side_effect=OSError(errno.ENOSPC, "no space left"))
+        with mock.patch.object(self.store, "append", full):
+            body.close()
+        self.assertEqual(len(self.store.warnings), 1)
+        put(self.store, self.data, 300, 900)
+        self.assertEqual(self.files(), {"a.bin": self.data})
 
     def test_what_one_of_two_cancels_is_not_gone_on_with_by_the_other(self) -> None:
         other = noise(900, 2)
@@ -4733,6 +4779,22 @@ class StopTest(unittest.TestCase):
                 self.assertEqual(answer and answer.status, 100)
                 server.stop()
             self.assertEqual(finished_files(server), {})
+
+    def test_accepted_connection_keeps_its_place_in_the_queue(self) -> None:
+        """Whichever thread begins first: the one that came first gives way first."""
+        with application(port=0) as app, closing_server(app) as server:
+            first, second = socket.socketpair()
+            server._waiting = {first: first, second: second}
+            with server.waiting(second, second), server.waiting(first, first):
+                self.assertEqual(list(server._waiting), [first, second])
+            first.close()
+            second.close()
+
+    def test_small_body_takes_a_small_buffer(self) -> None:
+        """Fifty of them would else keep a dozen MiB for good."""
+        with application(port=0) as app, closing_server(app) as server:
+            self.assertEqual(len(server.take_buffer(100)), 100)
+            self.assertEqual(len(server.take_buffer(1 << 30)), 256 * KIB)
 
     def test_server_that_was_never_started_can_be_stopped(self) -> None:
         with application(port=0) as app:
