@@ -4670,6 +4670,7 @@ class PatienceTest(unittest.TestCase):
         with serving() as server, RawClient(server) as idle:
             answer = idle.send(HEAD).answer()
             self.assertEqual(answer and answer.status, 200)
+            until(lambda: server._waiting)
             with mock.patch.object(
                 http.server.ThreadingHTTPServer, "get_request", fail_twice
             ):
