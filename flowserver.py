@@ -194,6 +194,19 @@ def _text(value: str) -> str:
     return value
 
 
+def _like(pattern: str, example: str) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"is not {example}")
+        return value
+
+    return read
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    return _like("|".join(choices), "one of " + ", ".join(choices))
+
+
 def _path(value: str) -> str:
     return os.path.expanduser(os.path.expandvars(value))
 
@@ -233,6 +246,13 @@ def _seconds(value: str) -> int:
     )
 
 
+def _chunk_size(value: str) -> int:
+    size = _size(value)
+    if not size:
+        raise ValueError("is too small: a chunk has at least 1 byte")
+    return size
+
+
 def _flag(value: str) -> bool:
     if value.lower() not in _FLAGS:
         raise ValueError("is neither on nor off")
@@ -244,16 +264,17 @@ def _names(value: str) -> Tuple[str, ...]:
 
 
 def _networks(value: str) -> Tuple[Any, ...]:
-    return tuple(ipaddress.ip_network(name, strict=False) for name in _names(value))
+    try:
+        return tuple(ipaddress.ip_network(name, strict=False) for name in _names(value))
+    except ValueError as error:
+        raise ValueError("is no list such as 127.0.0.1, 10.0.0.0/8") from error
 
 
-def _choice(*choices: str) -> Callable[[str], str]:
-    def read(value: str) -> str:
-        if value not in choices:
-            raise ValueError("is not one of " + ", ".join(choices))
-        return value
-
-    return read
+def _origins(value: str) -> Tuple[str, ...]:
+    names = _names(value.lower())
+    if not all(re.fullmatch(r"\*|null|[a-z0-9+.-]+://[^/]+", name) for name in names):
+        raise ValueError("is no list of origins such as https://example.com")
+    return names
 
 
 class Setting(Generic[T]):
@@ -292,12 +313,12 @@ class Settings:
     """
 
     # fmt: off
-    host = Setting("server", _text, "127.0.0.1",
+    host = Setting("server", _like(r"\S+", "an address such as 0.0.0.0"), "127.0.0.1",
         "Address to listen on; 0.0.0.0 means every address of this machine.")
     port = Setting("server", _port, "8000",
         "Port to listen on; 0 means any free one.")
-    upload_path = Setting("server", _text, "/upload",
-        "Path of the address that chunks are sent to.")
+    upload_path = Setting("server", _like(r"/[^\s?#%]*", "a path such as /upload"),
+        "/upload", "Path of the address that chunks are sent to.")
     sample_dir = Setting("server", _path, "sample",
         "Folder of sample pages, served under /sample/; empty turns it off.")
     certificate = Setting("server", _path, "",
@@ -334,7 +355,7 @@ class Settings:
     max_uploads = Setting("limits", _number, "10000",
         "Unfinished uploads at one time; 0 means no limit.")
 
-    chunk_size = Setting("client", _size, "1M",
+    chunk_size = Setting("client", _chunk_size, "1M",
         "Chunk size that the built-in page uses.")
     parameter_prefix = Setting("client", _text, "",
         "Prefix of the parameters (resumable.js: parameterNamespace), beside the known"
@@ -342,7 +363,7 @@ class Settings:
 
     users_file = Setting("access", _path, "",
         "File of name:hash lines made by --add-user; empty means no login.")
-    allow_origins = Setting("access", _names, "",
+    allow_origins = Setting("access", _origins, "",
         "Other origins whose pages may upload, such as https://example.com.")
     allow_hosts = Setting("access", _names, "",
         "Host names that requests may ask for; empty means any, but only loopback"

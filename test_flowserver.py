@@ -768,6 +768,10 @@ class SettingsTest(unittest.TestCase):
             "on_conflict": ("overwrite", "", "Rename"),
             "log_level": ("loud", "INFO"),
             "trusted_proxies": ("10.0.0.0/33", "proxy.example"),
+            "host": ("", "127.0.0.1 # this machine"),
+            "upload_path": ("", "upload", "/up load", "/upload?"),
+            "chunk_size": ("0", "0M"),  # of which no file could ever be made
+            "allow_origins": ("example.com", "https://example.com/"),
         }
         for name, texts in cases.items():
             for text in texts:
