@@ -342,7 +342,7 @@ class Settings:
     on_conflict = Setting("storage", _choice("rename", "replace", "refuse"), "rename",
         "What to do when the name is taken: rename, replace or refuse.")
     stale_after = Setting("storage", _seconds, "2d",
-        "Unfinished uploads without activity for this long are removed.")
+        "Unfinished uploads without activity for this long are removed; 0: never.")
     keep_receipts = Setting("storage", _seconds, "1d",
         "How long a finished upload is remembered, to answer repeated chunks.")
     min_free_space = Setting("storage", _size, "100M",
@@ -4250,7 +4250,8 @@ class UploadApp:
     def sweep(self) -> None:
         """Finish what a crash left and remove what is stale; tidy() does it in time."""
         self._swept = self._counted = self._clock()
-        self.store.sweep(self.settings.stale_after, self.settings.keep_receipts)
+        stale_after = self.settings.stale_after or float("inf")
+        self.store.sweep(stale_after, self.settings.keep_receipts)
         while self.store.warnings:
             self.log.warning("%s", self.store.warnings.pop(0))
 

@@ -4255,12 +4255,16 @@ class WsgiTest(unittest.TestCase):
 
     def test_ends_of_requests_are_used_to_tidy(self) -> None:
         now = [0.0]
-        with application(clock=lambda: now[0], stale_after=0) as app:
-            send(app, *browser("a", noise(25), 1, 10))
-            for seconds, uploads in ((1, 1), (400, 0)):
-                now[0] += seconds
-                self.call(app, Message("GET", "/health"))
-                self.assertEqual(app.store.open_uploads, uploads)
+        for stale_after, left in (("1d", 0), (0, 1)):  # 0: nothing is ever stale
+            now[0] = 0.0
+            with application(clock=lambda: now[0], stale_after=stale_after) as app:
+                send(app, *browser("a", noise(25), 1, 10))
+                for name in os.listdir(app.store.state_dir):
+                    os.utime(os.path.join(app.store.state_dir, name), (1, 1))
+                for seconds, uploads in ((1, 1), (400, left)):
+                    now[0] += seconds
+                    self.call(app, Message("GET", "/health"))
+                    self.assertEqual(app.store.open_uploads, uploads)
 
     def test_length_that_is_no_length_is_refused(self) -> None:
         for length in ("-1", "+1", "1_0", "\u0661", "x", "9" * 5000):
