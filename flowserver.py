@@ -430,9 +430,10 @@ def _read_config(path: str) -> Dict[str, str]:
     parser = configparser.ConfigParser(interpolation=None, default_section="\0")
     try:
         with open(path, encoding="utf-8-sig") as file:
-            parser.read_file(file, path)
+            # An indented line is a line of its own, not more of the value before it.
+            parser.read_file((line.lstrip() for line in file), path)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        reason = getattr(error, "strerror", None) or str(error).replace("\n", " ")
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise SettingsError(f"{path} can't be read: {reason}.") from error
     sections = {setting.section for setting in settings_table().values()}
     values: Dict[str, str] = {}

@@ -880,6 +880,13 @@ class LoadSettingsTest(unittest.TestCase):
         self.assertEqual(settings.upload_dir, os.path.join(self.folder, "x") + "/y")
         self.assertEqual(settings.temp_dir, os.path.expanduser("~/z"))
 
+    def test_an_indented_key_is_a_key(self) -> None:
+        """Else `users_file` would be a host name, and nobody asked for a password."""
+        text = "[access]\n  allow_hosts = a\n\n    users_file = users\n"
+        settings = self.load(text)
+        self.assertEqual(settings.allow_hosts, ("a",))
+        self.assertEqual(settings.users_file, os.path.join(self.folder, "users"))
+
     def test_percent_signs_mean_themselves(self) -> None:
         settings = self.load("[storage]\nupload_dir = 100%(host)s%%\n")
         self.assertEqual(
