@@ -180,7 +180,8 @@ class SettingsError(FlowError):
 
 # ---- settings ------------------------------------------------------------------------
 # Law: each setting stands once, in the class below, with its section, reader, default
-# and sentence.  conf.ini, the flags, --help and the README's table are made from it.
+# and sentence.  The flags and --help are made from it; the tests make the shipped
+# conf.ini and the README's table from it, and compare.
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _TIMES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -453,28 +454,6 @@ def _checked_entry(section: str, key: str, text: str, path: str) -> str:
     setting.parse(text, where)
     folder = os.path.dirname(os.path.abspath(path))
     return _anchored(text, folder) if _is_path(setting) else text
-
-
-def conf_ini() -> str:
-    """Return the text of a conf.ini with every key, its default and its sentence."""
-    lines = ["# flowserver's settings; these are the defaults (of log_file: none)."]
-    lines += ["# Paths are relative to this file.  Sizes: 8M, 10G.  Times: 30s, 2d."]
-    section = ""
-    for name, setting in settings_table().items():
-        if setting.section != section:
-            section = setting.section
-            lines += ["", f"[{section}]"]
-        lines += [f"# {setting.sentence}", f"{name} = {setting.default}".rstrip()]
-    return "\n".join(lines) + "\n"
-
-
-def settings_markdown() -> str:
-    """Return the README's table of settings."""
-    rows = ["| section | key | default | meaning |", "|---|---|---|---|"]
-    for name, setting in settings_table().items():
-        default = f"`{setting.default}`" if setting.default else ""
-        rows += [f"| {setting.section} | `{name}` | {default} | {setting.sentence} |"]
-    return "\n".join(rows) + "\n"
 
 
 # ---- multipart -----------------------------------------------------------------------

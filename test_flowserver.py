@@ -653,6 +653,28 @@ def python(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+def conf_ini() -> str:
+    """Return the text of a conf.ini with every key, its default and its sentence."""
+    lines = ["# flowserver's settings; these are the defaults (of log_file: none)."]
+    lines += ["# Paths are relative to this file.  Sizes: 8M, 10G.  Times: 30s, 2d."]
+    section = ""
+    for name, setting in flowserver.settings_table().items():
+        if setting.section != section:
+            section = setting.section
+            lines += ["", f"[{section}]"]
+        lines += [f"# {setting.sentence}", f"{name} = {setting.default}".rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def settings_markdown() -> str:
+    """Return the README's table of settings."""
+    rows = ["| section | key | default | meaning |", "|---|---|---|---|"]
+    for name, setting in flowserver.settings_table().items():
+        default = f"`{setting.default}`" if setting.default else ""
+        rows += [f"| {setting.section} | `{name}` | {default} | {setting.sentence} |"]
+    return "\n".join(rows) + "\n"
+
+
 IS_ALONE = not os.path.exists(os.path.join(HOME, "README.md")) and not os.path.exists(
     os.path.join(HOME, "conf.ini")
 )
@@ -667,7 +689,7 @@ class ReadmeTest(unittest.TestCase):
         cls.readme = source_of(os.path.join(HOME, "README.md"))
 
     def test_readme_has_the_table_of_settings(self) -> None:
-        self.assertIn(flowserver.settings_markdown(), self.readme)
+        self.assertIn(settings_markdown(), self.readme)
 
     def test_readme_has_the_commands_to_run_and_to_test(self) -> None:
         for command in ("python flowserver.py", "python test_flowserver.py"):
@@ -690,7 +712,7 @@ class ConfIniTest(unittest.TestCase):
 
     @unittest.skipIf(IS_ALONE, "the file was taken without its README and conf.ini")
     def test_shipped_file_is_the_generated_one_with_a_log_file(self) -> None:
-        generated = flowserver.conf_ini()
+        generated = conf_ini()
         self.assertEqual(generated.count("\nlog_file =\n"), 1)
         self.assertEqual(
             source_of(os.path.join(HOME, "conf.ini")),
@@ -699,9 +721,7 @@ class ConfIniTest(unittest.TestCase):
 
     def test_generated_file_says_the_defaults(self) -> None:
         with temporary_folder() as folder:
-            read = flowserver.load_settings(
-                conf_file(folder, flowserver.conf_ini()), {}
-            )
+            read = flowserver.load_settings(conf_file(folder, conf_ini()), {})
         for name in flowserver.settings_table():
             with self.subTest(name):
                 value, default = getattr(read, name), getattr(Settings(), name)
@@ -711,7 +731,7 @@ class ConfIniTest(unittest.TestCase):
                 )
 
     def test_generated_file_has_one_sentence_for_each_key(self) -> None:
-        entries = re.findall(r"(?m)^# (.+\.)\n([a-z_]+) =", flowserver.conf_ini())
+        entries = re.findall(r"(?m)^# (.+\.)\n([a-z_]+) =", conf_ini())
         self.assertEqual([key for _, key in entries], list(flowserver.settings_table()))
 
 
