@@ -281,8 +281,6 @@ def _origins(value: str) -> Tuple[str, ...]:
 class Setting(Generic[T]):
     """One row of the table: read from text, typed where it is used."""
 
-    name = ""
-
     def __init__(
         self, section: str, read: Callable[[str], T], default: str, sentence: str
     ) -> None:
@@ -291,12 +289,9 @@ class Setting(Generic[T]):
         self.default = default
         self.sentence = sentence
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
     def __get__(self, instance: Any, owner: Any = None) -> T:
         """Say what type it has; the value itself is an attribute of the instance."""
-        raise AttributeError(self.name)
+        raise AttributeError("Only a Settings() has values.")
 
     def parse(self, text: str, where: str) -> T:
         """Return the value of `text`; raise SettingsError, naming `where` it stood."""
@@ -304,6 +299,12 @@ class Setting(Generic[T]):
             return self.read(text.strip())
         except ValueError as error:
             raise SettingsError(f'{where}: "{text}" {error}.') from error
+
+    def parse_in(self, folder: str, text: str, where: str) -> Any:
+        """Do as parse() does; a path is relative to `folder`."""
+        value: Any = self.parse(text, where)
+        is_path = value and self.read in (_path, _required_path)
+        return os.path.join(folder, value) if is_path else value
 
 
 class Settings:
@@ -405,29 +406,22 @@ def settings_table() -> Dict[str, Setting[Any]]:
     return {k: v for k, v in vars(Settings).items() if isinstance(v, Setting)}
 
 
-def _is_path(setting: Setting[Any]) -> bool:
-    return setting.read in (_path, _required_path)
-
-
 def load_settings(config: str, flags: Mapping[str, str]) -> Settings:
     """Return the settings of a conf.ini (none when `config` is "") and of flags.
 
     Flags win.  Paths in the file are relative to the file, those of flags to the
     current folder.  Raises SettingsError naming file, section, key and value.
     """
-    values: Dict[str, str] = _read_config(config) if config else {}
-    table = settings_table()
+    settings, table = Settings(), settings_table()
+    if config:
+        vars(settings).update(_read_config(config))
     for name, text in flags.items():
-        table[name].parse(text, "--" + name.replace("_", "-"))
-        values[name] = _anchored(text, os.getcwd()) if _is_path(table[name]) else text
-    return Settings(**values)
+        flag = "--" + name.replace("_", "-")
+        vars(settings)[name] = table[name].parse_in(os.getcwd(), text, flag)
+    return settings
 
 
-def _anchored(path: str, folder: str) -> str:
-    return os.path.join(folder, _path(path)) if path else ""
-
-
-def _read_config(path: str) -> Dict[str, str]:
+def _read_config(path: str) -> Dict[str, object]:
     parser = configparser.ConfigParser(interpolation=None, default_section="\0")
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -437,7 +431,7 @@ def _read_config(path: str) -> Dict[str, str]:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise SettingsError(f"{path} can't be read: {reason}.") from error
     sections = {setting.section for setting in settings_table().values()}
-    values: Dict[str, str] = {}
+    values: Dict[str, object] = {}
     for section in parser.sections():
         if section not in sections:
             raise SettingsError(f"{path}: there is no section [{section}].")
@@ -446,14 +440,12 @@ def _read_config(path: str) -> Dict[str, str]:
     return values
 
 
-def _checked_entry(section: str, key: str, text: str, path: str) -> str:
+def _checked_entry(section: str, key: str, text: str, path: str) -> object:
     where = f"{path}, section [{section}], key {key}"
     setting = settings_table().get(key)
     if setting is None or setting.section != section:
         raise SettingsError(f'{where}: there is no such key (its value is "{text}").')
-    setting.parse(text, where)
-    folder = os.path.dirname(os.path.abspath(path))
-    return _anchored(text, folder) if _is_path(setting) else text
+    return setting.parse_in(os.path.dirname(os.path.abspath(path)), text, where)
 
 
 # ---- multipart -----------------------------------------------------------------------

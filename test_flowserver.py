@@ -900,6 +900,14 @@ class LoadSettingsTest(unittest.TestCase):
         self.assertEqual(settings.upload_dir, os.path.join(self.folder, "x") + "/y")
         self.assertEqual(settings.temp_dir, os.path.expanduser("~/z"))
 
+    def test_folder_of_the_file_is_taken_as_it_is_named(self) -> None:
+        folder = os.path.join(self.folder, "$FLOW_TEST")
+        os.mkdir(folder)
+        path = conf_file(folder, "[storage]\nupload_dir = in\n")
+        with mock.patch.dict(os.environ, {"FLOW_TEST": "elsewhere"}):
+            settings = flowserver.load_settings(path, {})
+        self.assertEqual(settings.upload_dir, os.path.join(folder, "in"))
+
     def test_an_indented_key_is_a_key(self) -> None:
         """Else `users_file` would be a host name, and nobody asked for a password."""
         text = "[access]\n  allow_hosts = a\n\n    users_file = users\n"
