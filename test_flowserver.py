@@ -655,7 +655,7 @@ def python(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
 
 def conf_ini() -> str:
     """Return the text of a conf.ini with every key, its default and its sentence."""
-    lines = ["# flowserver's settings; these are the defaults (of log_file: none)."]
+    lines = ["# flowserver's settings: the defaults, but log_file has none."]
     lines += ["# Paths are relative to this file.  Sizes: 8M, 10G.  Times: 30s, 2d."]
     section = ""
     for name, setting in flowserver.settings_table().items():
