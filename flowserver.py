@@ -563,7 +563,8 @@ class MultipartParser:
         if self._error:
             raise self._error
         size = len(block) if size < 0 else size
-        some, position, end = self._joined(block, size)
+        position = 0
+        some, end = self._joined(block, size)
         joined_size = end - len(self._held)  # bytes of the block in it
         events: List[Event] = []
         while True:
@@ -588,17 +589,17 @@ class MultipartParser:
             events.clear()
             some, position, end = block, joined_size - left, size
 
-    def _joined(self, block: Any, size: int) -> Tuple[Any, int, int]:
-        """Return what to look at, from where to where.
+    def _joined(self, block: Any, size: int) -> Tuple[Any, int]:
+        """Return what to look at, and where it ends.
 
         What was held is joined with as much of the block as it takes to come past it,
         not with all of it: that would be copied.
         """
         if not self._held:
-            return block, 0, size
+            return block, size
         size = min(size, self._max_header_size + _LONGEST_DELIMITER)
         joined = self._held + bytes(memoryview(block)[:size])
-        return joined, 0, len(joined)
+        return joined, len(joined)
 
     def expect(self, size: int) -> None:
         """Say that the next bytes are data of this part: they need not be searched.
@@ -638,9 +639,7 @@ class MultipartParser:
         if found < 0:
             found = max(position, end - len(self._delimiter) + 1)
             self._spend_junk(found - position)
-            if found == position:
-                return -1
-            return found
+            return found if found > position else -1
         self._spend_junk(found - position)
         self._step = self._delimited
         return found + len(self._delimiter)
@@ -707,14 +706,10 @@ class MultipartParser:
 
     def _tail(self, block: Any, position: int, end: int) -> int:
         """Return where the longest beginning of a delimiter at the end begins."""
-        start: int = max(position, end - len(self._delimiter) + 1)
-        while True:
-            start = block.find(b"\r\n", start, end)
-            if start < 0:
-                break
-            if self._delimiter.startswith(block[start:end]):
-                return start
-            start += 2
+        earliest = max(position, end - len(self._delimiter) + 1)
+        start: int = block.rfind(b"\r\n", earliest, end)  # which it holds only once
+        if start >= 0 and self._delimiter.startswith(block[start:end]):
+            return start
         return end - 1 if block.endswith(b"\r", position, end) else end
 
     def _epilogue(
@@ -940,7 +935,7 @@ def parse_chunk(dialect: Dialect, parameters: Mapping[str, str]) -> Chunk:
 
 
 def _check_chunk(chunk: Chunk, number: int, nominal: int) -> None:
-    """Hold a chunk against the rules of flow.js and its family (PROTOCOLS 1, 11.3)."""
+    """Hold a chunk against the rules of flow.js and its family."""
     end = chunk.start + chunk.length
     if number < 1 or nominal < 1:
         raise Malformed("Chunk numbers and chunk sizes begin at 1.")
