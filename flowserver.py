@@ -271,11 +271,18 @@ def _networks(value: str) -> Tuple[Any, ...]:
         raise ValueError("is no list such as 127.0.0.1, 10.0.0.0/8") from error
 
 
-def _origins(value: str) -> Tuple[str, ...]:
-    names = _names(value.lower())
-    if not all(re.fullmatch(r"\*|null|[a-z0-9+.-]+://[^/]+", name) for name in names):
-        raise ValueError("is no list of origins such as https://example.com")
-    return names
+def _list_of(pattern: str, example: str) -> Callable[[str], Tuple[str, ...]]:
+    def read(value: str) -> Tuple[str, ...]:
+        names = _names(value.lower())
+        if not all(re.fullmatch(pattern, name) for name in names):
+            raise ValueError(f"is no list of {example}")
+        return names
+
+    return read
+
+
+_origins = _list_of(r"\*|null|[^:/]+://[^/]+", "origins such as https://example.com")
+_hosts = _list_of(r"[^:/]+|\[[^/]+\]", "host names such as example.com")
 
 
 class Setting(Generic[T]):
@@ -367,7 +374,7 @@ class Settings:
         "File of name:hash lines made by --add-user; empty means no login.")
     allow_origins = Setting("access", _origins, "",
         "Other origins whose pages may upload, such as https://example.com.")
-    allow_hosts = Setting("access", _names, "",
+    allow_hosts = Setting("access", _hosts, "",
         "Host names that requests may ask for; empty means any, but only loopback"
         " names when host is a loopback address.")
 
@@ -5624,7 +5631,10 @@ def _tls_context(settings: Settings) -> Any:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(settings.certificate, settings.private_key)
     except (ImportError, OSError) as error:
-        raise SettingsError(f"TLS can't be set up: {error}.") from error
+        files = (
+            f"certificate {settings.certificate}, private_key {settings.private_key}"
+        )
+        raise SettingsError(f"TLS can't be set up: {error} ({files}).") from error
     return context
 
 
