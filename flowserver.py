@@ -282,7 +282,7 @@ def _list_of(pattern: str, example: str) -> Callable[[str], Tuple[str, ...]]:
 
 
 _origins = _list_of(r"\*|null|[^:/]+://[^/]+", "origins such as https://example.com")
-_hosts = _list_of(r"[^:/]+|\[[^/]+\]", "host names such as example.com")
+_hosts = _list_of(r"([^:/]+|\[[^/]+\])(:[0-9]+)?", "host names such as example.com")
 
 
 class Setting(Generic[T]):

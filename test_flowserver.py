@@ -792,7 +792,7 @@ class SettingsTest(unittest.TestCase):
             "upload_path": ("", "upload", "/up load", "/upload?"),
             "chunk_size": ("0", "0M"),  # of which no file could ever be made
             "allow_origins": ("example.com", "https://example.com/"),
-            "allow_hosts": ("example.com:8000", "https://example.com", "::1"),
+            "allow_hosts": ("https://example.com", "example.com/", "::1"),
         }
         for name, texts in cases.items():
             for text in texts:
