@@ -5609,9 +5609,13 @@ def _descriptor_room() -> int:
 
 
 def _shut(connection: socket.socket) -> None:
-    """Wake whoever waits for a connection; its thread closes it."""
+    """Wake whoever waits for a connection; its thread closes it.
+
+    SSLSocket.shutdown() would also end the decryption: a thread that has just got a
+    head would then take the encrypted bytes that are there already for the body.
+    """
     with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _bracketed(host: str) -> str:

@@ -5083,6 +5083,30 @@ class TlsTest(unittest.TestCase):
                     )
             self.assertEqual(finished_files(server), {"a": noise(300 * KIB)})
 
+    def test_body_of_a_connection_that_is_shut_stays_decrypted(self) -> None:
+        """stop() may shut a connection whose thread has just received a head."""
+        read_head = flowserver._Wire.read_head
+        message = browser("a", noise(999), mode="octet")
+        was_sent = threading.Event()
+
+        def read_and_shut(wire: Any) -> bytes:
+            head = read_head(wire)
+            was_sent.wait(PATIENCE)
+            flowserver._shut(wire.connection)
+            return head
+
+        with mock.patch.object(flowserver._Wire, "read_head", read_and_shut):
+            with serving(
+                certificate=self.certificate, private_key=self.private_key
+            ) as server:
+                with contextlib.closing(self.client(server)) as client:
+                    client.request(*message)
+                    was_sent.set()
+                    with self.assertRaises(OSError):
+                        client.getresponse()
+                until(lambda: not server._connections)
+                self.assertLessEqual(set(finished_files(server).values()), {noise(999)})
+
     def test_clients_that_speak_no_tls_disturb_nobody(self) -> None:
         with serving(
             certificate=self.certificate,
