@@ -5789,8 +5789,10 @@ def _add_user(settings: Settings, name: str) -> int:
     try:
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
-                lines = [one for one in file if one.partition(":")[0].strip() != name]
-        _write_privately(path, "".join(lines) + f"{name}:{hash_password(password)}\n")
+                lines = [one.rstrip("\n") for one in file]
+        lines = [one for one in lines if one.partition(":")[0].strip() != name]
+        lines += [f"{name}:{hash_password(password)}", ""]
+        _write_privately(path, "\n".join(lines))
     except (OSError, UnicodeDecodeError) as error:
         return _fail(1, f"The file of users {path} can't be changed: {error}.")
     print(f"{name} may log in now ({path}).")

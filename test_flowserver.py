@@ -5345,7 +5345,7 @@ class CommandLineTest(InFolder):
         self.assertRegex(result.stderr, r'\Aflowserver: --port: "many" [^\n]+\n\Z')
 
     def test_user_is_added_and_may_log_in(self) -> None:
-        users = self.path("users", "# comment\nanna:old\n")
+        users = self.path("users", "# comment\nanna:old\ncarl:hash")
         for name, password in (
             ("anna", "gehe:im"),
             ("b\u00e4r", "x"),
@@ -5356,7 +5356,8 @@ class CommandLineTest(InFolder):
             self.assertEqual((status, err), (0, ""))
             self.assertIn(name, out)
         text = source_of(users)
-        self.assertEqual(re.findall("(?m)^[^#:]+", text), ["b\u00e4r", "anna"])
+        self.assertEqual(re.findall("(?m)^[^#:]+", text), ["carl", "b\u00e4r", "anna"])
+        self.assertIn("\ncarl:hash\n", text)
         self.assertNotIn("gehe", text)
         if os.name == "posix":
             self.assertEqual(os.stat(users).st_mode & 0o777, 0o600)
