@@ -4623,9 +4623,9 @@ class UploadApp:
         """Return the free bytes of the disk, from a figure that is at most 10 s old."""
         free, counted = self._free_space
         if self._clock() - counted > _FIGURE_SECONDS:
-            with contextlib.suppress(OSError):
+            with _explained():
                 free = self.store.disk.free_space(self.store.upload_dir)
-                self._free_space = (free, self._clock())
+            self._free_space = (free, self._clock())
         return free
 
     # The other addresses

@@ -3521,6 +3521,15 @@ class LimitTest(unittest.TestCase):
 class TroubleTest(unittest.TestCase):
     """Passing trouble of this machine is 503, a sentence, and never a wrong file."""
 
+    def test_vanished_upload_folder_is_503_for_the_first_upload_too(self) -> None:
+        with application(min_free_space="1K") as app:
+            app.close()
+            shutil.rmtree(app.store.upload_dir)
+            for message in (browser("a", b"x"), Message("GET", "/health")):
+                answer = send(app, *message)
+                self.assertEqual(answer.status, 503)
+                self.assertIn("upload folder is gone", answer.json["error"])
+
     def test_vanished_upload_folder_is_503_and_not_made_again(self) -> None:
         with application() as app:
             send(app, *browser("b", noise(25), 1, 10))
