@@ -387,6 +387,7 @@ class Settings:
     log_backups = Setting("log", _number, "5",
         "Rotated log files to keep.")
     # fmt: on
+    config = ""  # the conf.ini that they come from
 
     def __init__(self, **values: object) -> None:
         table = settings_table()
@@ -398,7 +399,7 @@ class Settings:
             vars(self)[name] = setting.parse(text, name)
 
     def __repr__(self) -> str:
-        pairs = (f"{name}={value!r}" for name, value in vars(self).items())
+        pairs = (f"{name}={getattr(self, name)!r}" for name in settings_table())
         return f"Settings({', '.join(pairs)})"
 
 
@@ -425,6 +426,7 @@ def load_settings(config: str, flags: Mapping[str, str]) -> Settings:
     for name, text in flags.items():
         flag = "--" + name.replace("_", "-")
         vars(settings)[name] = table[name].parse_in(os.getcwd(), text, flag)
+    settings.config = config
     return settings
 
 
@@ -4744,11 +4746,11 @@ def _html_headers(policy: str) -> Tuple[Tuple[str, str], ...]:
     return (kind, ("Content-Security-Policy", policy)) + _PAGE_HEADERS
 
 
-def _require_apart(settings: Settings, config: str = "") -> None:
+def _require_apart(settings: Settings) -> None:
     """Raise SettingsError when files of ours lie where clients may put theirs."""
     ours = {
         "flowserver.py": os.path.abspath(__file__),
-        "conf.ini": config,
+        "conf.ini": settings.config,
         "sample_dir": os.path.join(_home_folder(), settings.sample_dir or "."),
         "users_file": settings.users_file,
         "log_file": settings.log_file,
@@ -5659,7 +5661,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return _add_user(settings, user)
         if is_check:
             return _check(settings)
-        _require_apart(settings, find_config(config))
+        _require_apart(settings)
     except SettingsError as error:
         return _fail(2, str(error))
     try:

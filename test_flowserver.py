@@ -3698,6 +3698,12 @@ class EmbeddingTest(unittest.TestCase):
             self.assertEqual(app.store.upload_dir, os.path.join(folder, "in"))
             self.assertEqual(app.settings.chunk_size, 2 * MIB)
 
+    def test_create_app_keeps_its_conf_ini_from_clients(self) -> None:
+        with temporary_folder() as folder:
+            path = conf_file(folder, "[storage]\nupload_dir = .\n")
+            with self.assertRaisesRegex(flowserver.SettingsError, "conf.ini"):
+                flowserver.create_app(path)
+
 
 class PasswordTest(unittest.TestCase):
     """What stands in users_file."""
