@@ -4843,7 +4843,9 @@ def wsgi_request(environ: Mapping[str, Any]) -> Request:
         if name.startswith("HTTP_")
     }
     headers["content-type"] = environ.get("CONTENT_TYPE") or ""
-    length = parse_length(environ.get("CONTENT_LENGTH") or "0")
+    # gunicorn hands a body of unknown length on without a word, but for this header.
+    unknown = "-1" if "transfer-encoding" in headers else "0"
+    length = parse_length(environ.get("CONTENT_LENGTH") or unknown)
     path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
     read = environ["wsgi.input"].read
     # Flask's own server would wait for ever for what Flask has read already.

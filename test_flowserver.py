@@ -4332,6 +4332,20 @@ class WsgiTest(unittest.TestCase):
         self.assertIn(answer.status, (400, 415))
         self.assertIn("read already", answer.json["error"])
 
+    def test_body_of_unknown_length_is_not_an_empty_one(self) -> None:
+        """gunicorn hands it on with Transfer-Encoding and without a length."""
+        with application() as app:
+            answer = self.call(
+                app,
+                browser("a", b"", mode="octet"),
+                CONTENT_LENGTH=None,
+                HTTP_TRANSFER_ENCODING="chunked",
+                **{"wsgi.input": io.BytesIO(b"bytes")},
+            )
+            self.assertEqual(answer.status, 415)
+            self.assertIn("how long", answer.json["error"])
+            self.assertEqual(finished_files(app), {})
+
     def test_missing_length_is_an_empty_body(self) -> None:
         with application() as app:
             answer = self.call(
