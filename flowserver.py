@@ -5677,7 +5677,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return _fail(2, str(error))
     except FlowError as error:
         return _fail(1, str(error))
-    except (OSError, OverflowError) as error:
+    except (OSError, TypeError) as error:  # TypeError: a host that IDNA can't encode
         where = f"{settings.host}, port {settings.port}"
         return _fail(1, f"The server can't listen on {where}: {error}.")
     return _serve(server)

@@ -5341,6 +5341,7 @@ class CommandLineTest(InFolder):
         cases: Dict[Tuple[str, ...], str] = {
             ("--port", port): f"127.0.0.1, port {port}",
             ("--host", "192.0.2.1"): "192.0.2.1",
+            ("--host", "\u00fc..example"): "\u00fc..example",
             ("--upload-dir", os.path.join(file, "up")): os.path.join(file, "up"),
             ("--temp-dir", os.path.join(file, "temp")): "temp",
             ("--log-file", os.path.join(file, "log")): "log",
