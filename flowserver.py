@@ -4010,8 +4010,8 @@ def _mismatch(what: str, actual: int, said: int) -> Malformed:
 
 
 def _json(status: int, values: Mapping[str, object]) -> Response:
-    body = _compact_json(values).encode()
-    return Response(status, _JSON_HEADERS, body)
+    headers = _JSON_HEADERS + _REFUSAL_HEADERS.get(status, ())
+    return Response(status, headers, _compact_json(values).encode())
 
 
 _JSON_HEADERS = (
@@ -4299,10 +4299,10 @@ class UploadApp:
         if status < 500 and status not in (401, 408):
             values["preventRetry"] = True  # Fine Uploader
         response = _json(status, values)
-        more = _REFUSAL_HEADERS.get(status, ())
         if status == 405:
-            more = (("Allow", methods),)
-        return response._replace(headers=response.headers + more)
+            headers = response.headers + (("Allow", methods),)
+            response = response._replace(headers=headers)
+        return response
 
     def _drain(self, request: Request) -> None:
         """Read on what was refused, so that the client comes to read the answer.
@@ -5525,14 +5525,14 @@ class FlowServer(http.server.ThreadingHTTPServer):
         """Serve a new connection in a thread; at the limit the idlest gives way."""
         with self._lock:
             is_full = len(self._connections) >= self.max_connections
-            if not is_full or self._shut_idlest():
+            has_room = not is_full or self._shut_idlest()
+            if has_room:
                 self._connections.add(request)
                 self._waiting[request] = request
-                is_full = False
-        if is_full:
+        if has_room:
+            super().process_request(request, client_address)
+        else:
             self._turn_away(request)
-            return
-        super().process_request(request, client_address)
 
     def _shut_idlest(self) -> bool:
         """Close what has waited longest; under the lock.  False when all are busy."""
@@ -5543,13 +5543,10 @@ class FlowServer(http.server.ThreadingHTTPServer):
 
     def _turn_away(self, request: socket.socket) -> None:
         values = {"success": False, "error": "The server has too many connections."}
-        response = _json(503, values)
-        headers = response.headers + _REFUSAL_HEADERS[503]
         with contextlib.suppress(OSError):
             request.settimeout(0)
             if self.tls is None:
-                data = _response_bytes("", response._replace(headers=headers), False)
-                request.send(data)
+                request.send(_response_bytes("", _json(503, values), False))
         self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
@@ -5915,9 +5912,7 @@ def _other_addresses(server: FlowServer) -> List[str]:
         return []
     found = []
     with contextlib.suppress(OSError):
-        for entry in socket.getaddrinfo(
-            socket.gethostname(), None, type=socket.SOCK_STREAM
-        ):
+        for entry in socket.getaddrinfo(socket.gethostname(), None):
             host = str(entry[4][0]).partition("%")[0]
             url = server.url.replace("127.0.0.1", host).replace(
                 "[::1]", _bracketed(host)
