@@ -5468,11 +5468,14 @@ class FlowServer(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """The address of this server for a browser on this machine."""
+        own = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        return self.url_of(own.get(self.server_name, self.server_name))
+
+    def url_of(self, host: str) -> str:
+        """Return the address of this server under another name of this machine."""
         scheme = "https" if self.tls is not None else "http"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
-            self.server_name, self.server_name
-        )
-        return f"{scheme}://{_bracketed(host)}:{self.server_port}"
+        host = f"[{host}]" if ":" in host else host
+        return f"{scheme}://{host}:{self.server_port}"
 
     def __enter__(self) -> FlowServer:
         self.start()
@@ -5617,10 +5620,6 @@ def _shut(connection: socket.socket) -> None:
     """
     with contextlib.suppress(OSError):
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _tls_context(settings: Settings) -> Any:
@@ -5914,9 +5913,7 @@ def _other_addresses(server: FlowServer) -> List[str]:
     with contextlib.suppress(OSError):
         for entry in socket.getaddrinfo(socket.gethostname(), None):
             host = str(entry[4][0]).partition("%")[0]
-            url = server.url.replace("127.0.0.1", host).replace(
-                "[::1]", _bracketed(host)
-            )
+            url = server.url_of(host)
             is_possible = server.server_name == "::" or ":" not in host
             if is_possible and url != server.url and url not in found:
                 found.append(url)
