@@ -4715,21 +4715,15 @@ class UploadApp:
             headers.append(("Content-Length", str(len(response.body))))
         start_response(f"{response.status} {phrase}", headers)
         body = b"" if request.method == "HEAD" else response.body
-        return _WsgiBody([body], self.tidy)
+        return _WsgiBody(body, self.tidy)
 
 
-class _WsgiBody:
+class _WsgiBody(List[bytes]):
     """An answer's body; when it has been sent, the server calls close()."""
 
-    def __init__(self, blocks: Sequence[bytes], close: Callable[[], None]) -> None:
-        self._blocks = blocks
+    def __init__(self, block: bytes, close: Callable[[], None]) -> None:
+        super().__init__([block])
         self.close = close
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._blocks)
-
-    def __len__(self) -> int:
-        return len(self._blocks)
 
 
 _SAMPLE_WORD = re.compile(r"[0-9A-Za-z@_-][0-9A-Za-z@._-]*")
@@ -4831,10 +4825,6 @@ def _drain_floor(seconds: float) -> float:
     return (seconds - _LINGER_SECONDS) * _MIN_DRAIN_RATE
 
 
-def _nothing(size: int) -> bytes:
-    return b""
-
-
 def wsgi_request(environ: Mapping[str, Any]) -> Request:
     """Return the Request of a WSGI environment (PEP 3333)."""
     headers = {
@@ -4847,17 +4837,15 @@ def wsgi_request(environ: Mapping[str, Any]) -> Request:
     unknown = "-1" if "transfer-encoding" in headers else "0"
     length = parse_length(environ.get("CONTENT_LENGTH") or unknown)
     path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
-    read = environ["wsgi.input"].read
     # Flask's own server would wait for ever for what Flask has read already.
-    if "stream" in getattr(environ.get("werkzeug.request"), "__dict__", ()):
-        read = _nothing
+    is_read = "stream" in getattr(environ.get("werkzeug.request"), "__dict__", ())
     return Request(
         method=environ["REQUEST_METHOD"],
         path=path or "/",
         query=environ.get("QUERY_STRING", ""),
         headers=headers,
         length=length,
-        read=CountingReader(read, length),
+        read=CountingReader(environ["wsgi.input"].read, 0 if is_read else length),
         client=environ.get("REMOTE_ADDR", ""),
         scheme=environ.get("wsgi.url_scheme", "http"),
     )
