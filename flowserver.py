@@ -3972,7 +3972,7 @@ _SAMPLE_TYPES = {
     ".ico": "image/x-icon",
 }
 _LOOPBACK_NAME = re.compile(
-    r"localhost|([a-z0-9-]+\.)*localhost|127(\.[0-9]{1,3}){3}|\[::1\]", re.IGNORECASE
+    r"([a-z0-9-]+\.)*localhost|127(\.[0-9]{1,3}){3}|\[::1\]"  # in lower case
 )
 
 
@@ -4381,13 +4381,13 @@ class UploadApp:
         On a loopback bind every page in a local browser could reach us so (DNS
         rebinding), and could invent X-Forwarded-Host as well.
         """
-        allowed = {name.lower() for name in self.settings.allow_hosts}
-        host = _host_name(request.headers.get("host", "")).lower()
-        is_local = bool(_LOOPBACK_NAME.fullmatch(host)) or not host
+        allowed = set(map(_host_name, self.settings.allow_hosts))
+        host = _host_name(request.headers.get("host", ""))
+        is_local = not host or _LOOPBACK_NAME.fullmatch(host)
         if request.is_loopback and not is_local and host not in allowed:
             raise _unknown_host(host)
         if allowed:
-            seen = _host_name(_seen_host(request)).lower()
+            seen = _host_name(_seen_host(request))
             if seen not in allowed:
                 raise _unknown_host(seen)
 
@@ -4606,20 +4606,14 @@ class UploadApp:
 
     def _check_room(self, upload: Upload) -> None:
         """Refuse a new upload that the disk or the limits have no room for."""
-        most = self.settings.max_uploads
-        if most and self.store.open_uploads >= most and not self.store.knows(upload):
-            raise TooLarge(
-                f"The server has {most} unfinished uploads already (max_uploads)."
-            )
-        floor = self.settings.min_free_space
-        if (
-            floor
-            and self._free() - upload.size < floor
-            and not self.store.knows(upload)
-        ):
-            raise TooLarge(
-                f"The disk has no room for {upload.size} bytes at the moment."
-            )
+        most, floor = self.settings.max_uploads, self.settings.min_free_space
+        lack = ""
+        if most and self.store.open_uploads >= most:
+            lack = f"The server has {most} unfinished uploads already (max_uploads)."
+        elif floor and self._free() - upload.size < floor:
+            lack = f"The disk has no room for {upload.size} bytes at the moment."
+        if lack and not self.store.knows(upload):
+            raise TooLarge(lack)
 
     def _free(self) -> int:
         """Return the free bytes of the disk, from a figure that is at most 10 s old."""
@@ -4782,8 +4776,8 @@ _PORT = re.compile(":[0-9]*$")
 
 
 def _host_name(host: str) -> str:
-    """Return a Host header without its port."""
-    return _PORT.sub("", host)
+    """Return a Host header without its port, in lower case."""
+    return _PORT.sub("", host).lower()
 
 
 def _seen_host(request: Request) -> str:

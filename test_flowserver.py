@@ -3949,7 +3949,7 @@ class OriginTest(unittest.TestCase):
             self.assertNotIn("\n", again.headers["access-control-allow-headers"])
 
     def test_unknown_hosts_are_refused(self) -> None:
-        with application(allow_hosts=["files.example", "b.example"]) as app:
+        with application(allow_hosts=["files.example", "b.example:8000"]) as app:
             cases = {
                 "files.example": 200,
                 "FILES.example:8000": 200,
