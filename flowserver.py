@@ -4658,27 +4658,24 @@ class UploadApp:
         kind = _SAMPLE_TYPES.get(os.path.splitext(path)[1].lower())
         if kind is None or not all(map(_SAMPLE_WORD.fullmatch, words)):
             raise Missing("There is no such sample.")
-        file = os.path.join(folder, *words)
-        if os.path.realpath(file) != os.path.join(os.path.realpath(folder), *words):
+        file = os.path.join(os.path.realpath(folder), *words)
+        if os.path.realpath(file) != file:  # there is a link in it
             raise Missing("There is no such sample.")
         try:
             with open(file, "rb") as sample:
                 body = sample.read()
-        except OSError as error:
-            raise Missing("There is no such sample.") from error
+        except OSError:
+            raise Missing("There is no such sample.") from None
         return Response(200, (("Content-Type", kind),) + _PAGE_HEADERS, body)
 
     def _sample_list(self, folder: str) -> Response:
-        with contextlib.suppress(OSError):
-            names = sorted(n for n in os.listdir(folder) if n.endswith(".html"))
-            links = (
-                f'<li><a href="{html.escape(n)}">{html.escape(n)}</a>' for n in names
-            )
-            body = (
-                "<!doctype html><title>Samples</title><ul>" + "".join(links) + "</ul>"
-            )
-            return Response(200, _html_headers("default-src 'none'"), body.encode())
-        raise Missing("There is no folder of samples.")
+        try:
+            names = map(html.escape, sorted(os.listdir(folder)))
+        except OSError:
+            raise Missing("There is no folder of samples.") from None
+        links = (f'<li><a href="{n}">{n}</a>' for n in names if n.endswith(".html"))
+        body = f"<!doctype html><title>Samples</title><ul>{''.join(links)}</ul>"
+        return Response(200, _html_headers("default-src 'none'"), body.encode())
 
     # WSGI
 
