@@ -5133,10 +5133,8 @@ class _Wire:
                 empty_lines += 1
             found = self.pending.find(b"\r\n\r\n", max(0, searched - 3))
             if found >= 0:
-                head, self.pending = (
-                    self.pending[: found + 4],
-                    self.pending[found + 4 :],
-                )
+                head = self.pending[: found + 4]
+                self.pending = self.pending[found + 4 :]
                 return head
             searched = len(self.pending)
             is_http = self.pending in (b"", b"\r") or self.pending[:1].isalpha()
@@ -5332,9 +5330,9 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
     def _refuse(self, error: _BadHead) -> None:
         log = self.server.app.log
         log.info("%s refused: %s (%d)", self.client, error, error.status)
-        head = Head("", "", 1, {"connection": "close"}, 0)
-        self.wire.remaining = 1 << 62
-        self._send(head, _json(error.status, {"success": False, "error": str(error)}))
+        self.wire.remaining = 1 << 62  # unknown: what follows is not read as a request
+        response = _json(error.status, {"success": False, "error": str(error)})
+        self._send(Head("", "", 0, {}, 0), response)
 
     def _send(self, head: Head, response: Response) -> bool:
         """Send a response in one write; return whether the connection goes on."""
