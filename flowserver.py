@@ -4027,7 +4027,7 @@ _REFUSAL_HEADERS = {
 
 
 def _success(status: str, **values: object) -> Response:
-    return _json(200, dict({"success": True, "status": status}, **values))
+    return _json(200, {"success": True, "status": status, **values})
 
 
 def _complete(done: Done, **values: object) -> Response:
@@ -4872,9 +4872,9 @@ class _Form:
         boundary = boundary_of(self.request.headers.get("content-type", ""))
         if boundary is None:
             chunk = self.chunk()
-            if 0 <= chunk.length != self.request.length >= 0:
+            if chunk.length not in (-1, self.request.length):
                 raise _mismatch("body", self.request.length, chunk.length)
-            return chunk, self._raw_blocks()
+            return chunk, (memoryview(block)[:size] for block, size in self._buffers())
         parser = MultipartParser(boundary)
         blocks = self._form_blocks(parser)
         next(blocks)  # up to the beginning of the file: the fields before it are known
@@ -4916,10 +4916,6 @@ class _Form:
                 raise Truncated(f"The body ended {left} bytes before its end.")
             left -= size
             yield buffer, size
-
-    def _raw_blocks(self) -> Iterator[Union[bytes, memoryview]]:
-        for buffer, size in self._buffers():
-            yield memoryview(buffer)[:size]
 
     def _form_blocks(
         self, parser: MultipartParser
@@ -4964,12 +4960,8 @@ class _Form:
             text = value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise Malformed("A text field of the form is not UTF-8.") from error
-        known = self.dialect.names if self.dialect else ()
-        if (
-            is_late
-            and name not in self.given
-            and without_prefix(name, self.prefix) in known
-        ):
+        known = self.dialect.names if is_late and self.dialect else ()
+        if name not in self.given and without_prefix(name, self.prefix) in known:
             raise Malformed("The parameters must come before the file.")
         add_parameter(self.given, name, text)
 
