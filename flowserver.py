@@ -4749,6 +4749,12 @@ def _require_apart(settings: Settings) -> None:
                 f"upload_dir {folder} holds {name} ({path}), which clients could then"
                 " replace; give uploads a folder of their own."
             )
+    samples = os.path.join(os.path.realpath(ours["sample_dir"]), "")
+    if settings.sample_dir and folder.startswith(samples):
+        raise SettingsError(
+            f"sample_dir {samples} holds upload_dir, whose pages and scripts would then"
+            " be served; give uploads a folder of their own."
+        )
 
 
 def _home_folder() -> str:

@@ -3250,6 +3250,11 @@ class RefusalTest(unittest.TestCase):
         with self.assertRaisesRegex(flowserver.SettingsError, "flowserver.py"):
             UploadApp(Settings(upload_dir=os.path.dirname(FILE)))
 
+    def test_files_of_clients_do_not_lie_where_pages_are_served_from(self) -> None:
+        with temporary_folder() as folder:
+            with self.assertRaisesRegex(flowserver.SettingsError, "sample_dir"):
+                UploadApp(Settings(upload_dir=folder + "/up", sample_dir=folder))
+
     @unittest.skipUnless(hasattr(os, "symlink") and os.name == "posix", "needs POSIX")
     def test_links_in_the_upload_folder_are_not_followed(self) -> None:
         with temporary_folder() as folder, application() as app:
