@@ -5725,14 +5725,11 @@ def _start_log(settings: Settings) -> None:
     """Log to stderr, and to a file that is rotated when there is one."""
     handlers: List[logging.Handler] = [logging.StreamHandler()]
     if settings.log_file:
-        handlers.append(
-            _LogFile(
-                settings.log_file,
-                maxBytes=settings.log_max_size,
-                backupCount=settings.log_backups,
-                encoding="utf-8",
-            )
-        )
+        size, backups = settings.log_max_size, settings.log_backups
+        file = _LogFile(settings.log_file, "a", size, backups, "utf-8")
+        if not backups:  # doRollover() opens it again, and would add to it
+            file.mode = "w"
+        handlers.append(file)
     log = logging.getLogger("flowserver")
     log.setLevel(settings.log_level.upper())
     log.propagate = False

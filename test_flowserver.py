@@ -5524,6 +5524,15 @@ class InProcessTest(InFolder):
         self.assertEqual(names, ["x.log", "x.log.1", "x.log.2"])
         self.assertLessEqual(os.path.getsize(self.path("x.log.1")), KIB)
 
+    def test_log_without_backups_begins_anew(self) -> None:
+        def chatter(server: FlowServer) -> None:
+            for _ in range(50):
+                send(server, "GET", "/health")
+
+        sizes = ("--log-max-size", "1K", "--log-backups", "0")
+        self.run_server(chatter, "--log-file", self.path("x.log"), *sizes)
+        self.assertLessEqual(os.path.getsize(self.path("x.log")), KIB)
+
     def test_log_level_is_obeyed(self) -> None:
         def ask(server: FlowServer) -> None:
             send(server, "GET", "/health")
