@@ -4228,8 +4228,9 @@ class UploadApp:
         self._swept = self._counted = self._clock()
         stale_after = self.settings.stale_after or float("inf")
         self.store.sweep(stale_after, self.settings.keep_receipts)
-        while self.store.warnings:
-            self.log.warning("%s", self.store.warnings.pop(0))
+        warnings, self.store.warnings = self.store.warnings, []
+        for warning in warnings:
+            self.log.warning("%s", warning)
 
     def tidy(self) -> None:
         """Sweep and count what is due; to be called every ten seconds or so.
