@@ -5750,10 +5750,12 @@ def _add_user(settings: Settings, name: str) -> int:
     is_plain = name.isprintable() and name == name.strip() and ":" not in name
     if not name or not is_plain:
         raise SettingsError(f"{printable(name)} can't be the name of a user.")
-    if sys.stdin.isatty():
-        password = getpass.getpass(f"Password for {name}: ")
-    else:
-        password = sys.stdin.readline().rstrip("\r\n")
+    password = ""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # thought better of it
+        if sys.stdin.isatty():
+            password = getpass.getpass(f"Password for {name}: ")
+        else:
+            password = sys.stdin.readline().rstrip("\r\n")
     if not password:
         raise SettingsError("The password is empty.")
     if "\0" in password:

@@ -5405,6 +5405,14 @@ class CommandLineTest(InFolder):
         self.assertEqual((status, err), (2, "flowserver: The password is empty.\n"))
         self.assertFalse(os.path.exists(self.path("u")))
 
+    def test_end_at_the_question_for_a_password_is_a_sentence(self) -> None:
+        terminal = mock.Mock()
+        for end in (EOFError, KeyboardInterrupt):
+            with mock.patch.object(sys, "stdin", terminal):
+                with mock.patch.object(flowserver.getpass, "getpass", side_effect=end):
+                    flags = ("--users-file", self.path("u"), "--add-user", "a")
+                    self.assertEqual(run_main(*flags)[0], 2)
+
     def test_password_is_asked_for_at_a_terminal(self) -> None:
         terminal = mock.Mock()
         terminal.isatty.return_value = True
