@@ -5625,6 +5625,8 @@ def _tls_context(settings: Settings) -> Any:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the server until Ctrl-C or SIGTERM; return the exit status."""
+    if hasattr(sys.stdout, "reconfigure"):  # it may not know the letters of a path
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = vars(_argument_parser().parse_args(argv))
     config, user = arguments.pop("config"), arguments.pop("add_user")
     is_check = arguments.pop("check")

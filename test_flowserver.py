@@ -5433,6 +5433,13 @@ class CommandLineTest(InFolder):
             self.assertIn(words, out)
         self.assertEqual(leftovers(self.uploads), {})
 
+    def test_path_that_stdout_has_no_letters_for_is_told_all_the_same(self) -> None:
+        flags = ("--config", "", "--check", "--upload-dir", self.path("\u65e5"))
+        environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "1"}
+        result = python(FILE, *flags, env=environment)
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertIn(r"\u65e5", result.stdout)
+
     def test_file_of_users_that_cannot_be_used_is_a_sentence(self) -> None:
         junk = self.path("junk")
         with open(junk, "wb") as file:
