@@ -5812,19 +5812,18 @@ def _trials(
     yield True, f"files go to {store.upload_dir}"
     yield True, f"unfinished uploads to {store.temp_dir}, on the same file system"
     yield _locks_hold(store.disk, path, fd), "locks hold between processes"
-    link = "files can be published by a hard link"
-    if store.disk.links or os.name == "nt":
-        yield True, link if store.disk.links else "a rename never overwrites"
+    if store.disk.links:
+        yield True, "files can be published by a hard link"
+    elif os.name == "nt":
+        yield True, "a rename never overwrites"
     else:
         yield True, "no hard links: names are checked under a lock (see README)"
     milliseconds = _flush_seconds(store.disk, fd) * 1000
     state = "on" if settings.sync else "off"
     yield True, f"a flush takes {milliseconds:.2f} ms (sync is {state})"
     free, floor = store.disk.free_space(store.upload_dir), settings.min_free_space
-    yield (
-        free > floor,
-        f"{free >> 20} MiB are free, min_free_space is {floor >> 20} MiB",
-    )
+    space = f"{free >> 20} MiB are free, min_free_space is {floor >> 20} MiB"
+    yield free > floor, space
     is_steady = abs(store.disk.stat(fd).st_mtime - time.time()) < 60
     yield is_steady, "the clock of the file system agrees with ours"
 
