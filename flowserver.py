@@ -5240,8 +5240,9 @@ def _limit_by_kernel(connection: socket.socket, seconds: float) -> bool:
     of the interpreter's lock more, and MSG_WAITALL has no effect: when 20 MiB/s come in
     pieces of 16 KiB, filling the buffer in the kernel takes a third of the time off.
     """
-    if sys.platform != "linux" or type(connection) is not socket.socket:
-        return False
+    is_linux_64 = sys.platform == "linux" and sys.maxsize > 1 << 32
+    if not is_linux_64 or type(connection) is not socket.socket:
+        return False  # with 32 bits, how time is laid out depends on the C library
     wait = struct.pack("ll", int(seconds), max(1, int(seconds % 1 * 1e6)))
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)

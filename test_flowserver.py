@@ -4869,6 +4869,12 @@ class StopTest(unittest.TestCase):
             first.close()
             second.close()
 
+    def test_system_of_32_bits_limits_waits_without_the_kernel(self) -> None:
+        """Its SO_RCVTIMEO may want 16 bytes (musl, time64): EINVAL for 8."""
+        one, other = socket.socketpair()
+        with one, other, mock.patch.object(sys, "maxsize", 2**31 - 1):
+            self.assertFalse(flowserver._limit_by_kernel(one, 1.0))
+
     def test_small_body_takes_a_small_buffer(self) -> None:
         """Fifty of them would else keep a dozen MiB for good."""
         with application(port=0) as app, closing_server(app) as server:
