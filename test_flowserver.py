@@ -2722,8 +2722,10 @@ class RaceTest(unittest.TestCase):
             time.sleep(0)
             yield
 
+        problems: List[str] = []
         with mock.patch.object(Store, "locked", unlocked):
-            _, problems = self.run_race()
+            for _ in range(5):  # one race in a hundred or so is won by luck
+                problems = problems or self.run_race()[1]
         self.assertNotEqual(problems, [])
 
 
@@ -4669,7 +4671,7 @@ class PatienceTest(unittest.TestCase):
     """Every wait has an end, and many waits cost nobody else."""
 
     def test_slow_heads_and_idle_connections_are_cut(self) -> None:
-        with serving(timeout=1) as server, contextlib.ExitStack() as clients:
+        with serving(timeout=2) as server, contextlib.ExitStack() as clients:
             idle = clients.enter_context(RawClient(server))
             answer = idle.send(HEAD).answer()
             self.assertEqual(answer and answer.status, 200)
@@ -4688,7 +4690,7 @@ class PatienceTest(unittest.TestCase):
 
     def test_slow_body_is_refused_and_leaves_nothing(self) -> None:
         message = browser("a", noise(5000), 1, 5000)
-        with serving(timeout=1) as server, contextlib.ExitStack() as clients:
+        with serving(timeout=2) as server, contextlib.ExitStack() as clients:
             stalled = clients.enter_context(RawClient(server))
             stalled.send(head_of(message), message.body[:3000])
             slow = clients.enter_context(RawClient(server))
@@ -4710,13 +4712,13 @@ class PatienceTest(unittest.TestCase):
     def test_body_may_take_longer_than_any_of_its_waits(self) -> None:
         message = browser("a", bytes(100 * KIB))
         piece = len(message.body) // 11
-        with serving(timeout=2) as server, RawClient(server) as client:
+        with serving(timeout=3) as server, RawClient(server) as client:
             client.send(head_of(message))
             began = time.monotonic()
             for place in range(0, len(message.body), piece):
                 client.send(message.body[place : place + piece])
-                time.sleep(0.2)
-            self.assertGreater(time.monotonic() - began, 2)
+                time.sleep(0.3)
+            self.assertGreater(time.monotonic() - began, 3)
             answer = client.answer()
             self.assertEqual(answer and answer.status, 200)
 
@@ -4728,7 +4730,7 @@ class PatienceTest(unittest.TestCase):
                 answer = client.answer()
                 self.assertEqual(answer and answer.status, 404)
                 with self.assertRaises(OSError):
-                    for _ in range(500):
+                    for _ in range(100 * PATIENCE):
                         client.send(b".")
                         time.sleep(0.01)
 
@@ -4765,7 +4767,11 @@ class PatienceTest(unittest.TestCase):
                     client.socket.setsockopt(
                         socket.SOL_SOCKET, socket.SO_LINGER, linger
                     )
-            until(lambda: not server.app.store.open_uploads and not leftovers(server))
+            send(server, "GET", "/health")  # those before it were accepted, too
+            until(lambda: not server._connections)
+            self.assertEqual(
+                (server.app.store.open_uploads, leftovers(server)), (0, {})
+            )
             self.assertEqual(send(server, *message).status, 200)
 
     def test_idlest_connection_gives_way(self) -> None:
@@ -4813,15 +4819,17 @@ class PatienceTest(unittest.TestCase):
 
     def test_threads_and_connections_end_with_their_clients(self) -> None:
         with serving() as server:
+            has_list = os.path.isdir("/proc/self/fd")
             before = threading.active_count()
+            opened = len(os.listdir("/proc/self/fd")) if has_list else 0
             for _ in range(30):
-                send(server, "GET", "/health")
                 with RawClient(server) as client:
                     client.send("GET /heal")
+                send(server, "GET", "/health")  # the one before it was accepted, too
+            until(lambda: not server._connections)
             until(lambda: threading.active_count() <= before)
-            self.assertEqual(len(server._connections), 0)
-            if os.path.isdir("/proc/self/fd"):
-                until(lambda: len(os.listdir("/proc/self/fd")) < 60)
+            if has_list:
+                until(lambda: len(os.listdir("/proc/self/fd")) < opened + 15)
 
 
 class StopTest(unittest.TestCase):
@@ -4967,9 +4975,10 @@ class RaceOfAttemptsTest(unittest.TestCase):
             chance.shuffle(numbers)
 
             def work() -> None:
-                while numbers:
-                    answer = send(server, *browser("a", data, numbers.pop(), 500))
-                    statuses.append(answer.status)
+                with contextlib.suppress(IndexError):  # nothing is left
+                    while True:
+                        answer = send(server, *browser("a", data, numbers.pop(), 500))
+                        statuses.append(answer.status)
 
             statuses: List[int] = []
             threads = [threading.Thread(target=work) for _ in range(6)]
@@ -5196,14 +5205,19 @@ class Running:
     """flowserver.py in a process of its own, as users start it."""
 
     def __init__(
-        self, *arguments: str, flags: Sequence[str] = (), file: str = FILE, **how: Any
+        self,
+        *arguments: str,
+        flags: Sequence[str] = (),
+        file: str = FILE,
+        patience: float = PATIENCE,
+        **how: Any,
     ) -> None:
         self.log = tempfile.TemporaryFile()
         command = [sys.executable, *(flags or ("-I", "-W", "error")), file, *arguments]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self.log, encoding="utf-8", **how
         )
-        self.watchdog = threading.Timer(PATIENCE, self.process.kill)
+        self.watchdog = threading.Timer(patience, self.process.kill)
         self.watchdog.start()
         self.lines: List[str] = []
         match = None
@@ -5625,10 +5639,14 @@ class ProcessTest(InFolder):
             with Running(*flags) as server, RawClient(server) as client:
                 self.assertEqual(send(server, *browser("a", data, 1, 10)).status, 200)
                 message = browser("a", data, 2, 10)
-                client.send(head_of(message), message.body[:-40])
-                until(lambda: sum(leftovers(self.uploads).values()) > 0)
+                client.send(head_of(message, "Expect: 100-continue"))
+                answer = client.answer()
+                self.assertEqual(answer and answer.status, 100)
+                client.send(message.body[:-40])
+                server.process.send_signal(number)
                 client.socket.shutdown(socket.SHUT_WR)
-                self.assertEqual(server.stop(number), 0)
+                server.end()
+                self.assertEqual(server.process.returncode, 0)
                 self.assertNotIn("Traceback", server.errors)
         with Running(*flags) as server:
             test = browser("a", data, 1, 10, "test")
@@ -5642,6 +5660,8 @@ class ProcessTest(InFolder):
 @unittest.skipUnless(os.path.exists("/proc/self/status"), "needs Linux")
 class MemoryTest(InFolder):
     """Peak resident memory of the server; it depends on neither chunk nor file size."""
+
+    PATIENCE = 8 * PATIENCE  # 1.5 GiB are to be written, and flushed
 
     def peak(self, server: Running) -> int:
         text = source_of(f"/proc/{server.process.pid}/status")
@@ -5663,6 +5683,7 @@ class MemoryTest(InFolder):
         )
         block = bytes(MIB)
         with RawClient(server) as client:
+            client.socket.settimeout(self.PATIENCE)
             client.send(head, message.body[:place])
             for _ in range(size // MIB):
                 client.socket.sendall(block)
@@ -5670,7 +5691,8 @@ class MemoryTest(InFolder):
         self.assertEqual(answer and answer.json.get("received"), size)
 
     def check_peak(self, size: int, mode: str, at_once: int) -> None:
-        with Running("--config", "", *self.flags) as server:
+        flags = ("--config", "", *self.flags, "--timeout", f"{self.PATIENCE}")
+        with Running(*flags, patience=self.PATIENCE) as server:
             threads = [
                 threading.Thread(
                     target=self.send_zeros, args=(server, f"{n}", size, mode)
