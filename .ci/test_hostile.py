@@ -293,6 +293,36 @@ class Attack(unittest.TestCase):
         server.serve_forever = functools.partial(server.serve_forever, 0.02)
         return server
 
+    def setUp(self) -> None:
+        """Begin when the connections of the test before have ended."""
+        if isinstance(self.server, FlowServer):
+            self.wait_until(lambda server: not server._connections)
+
+    def wait_until(
+        self, condition: Callable[[FlowServer], object], server: Any = None
+    ) -> None:
+        """Wait until our server is so far; one that we can't ask gets a moment."""
+        server = server or self.server
+        if not isinstance(server, FlowServer):
+            return time.sleep(0.05)
+        end = time.monotonic() + self.wait
+        while not condition(server):
+            self.assertLess(time.monotonic(), end, "the server does not come so far")
+            time.sleep(0.005)
+
+    def wait_until_idle(self, client: Client, server: Any = None) -> None:
+        """Wait until the server waits for a head of this client, and of it last."""
+        own = client.socket.getsockname()
+
+        def is_last(server: FlowServer) -> bool:
+            with server._lock:
+                waiting = list(server._waiting.values())[-1:]
+            with contextlib.suppress(OSError):  # it is closed just now
+                return [one.getpeername() for one in waiting] == [own]
+            return False
+
+        self.wait_until(is_last, server)
+
     def serve_here(self, **settings: object) -> Any:
         """Return a server of this test alone, with settings of its own."""
         self.upload_dir = Path(tempfile.mkdtemp(dir=folder))
@@ -770,7 +800,7 @@ class SlowTest(Attack):
             client.settimeout(self.wait)
             client.connect(self.server.server_address[:2])
             client.sendall(request("GET", "/") * 1000)
-            for _ in range(100):  # a busy machine takes its time to begin the thread
+            for _ in range(1000):  # a busy machine takes its time to begin the thread
                 its_thread = set(threading.enumerate()) - before
                 if its_thread:
                     break
@@ -921,7 +951,9 @@ class _Crowd(Attack):
     def half_sent(self) -> Client:
         client = self.client()
         client.send(b"GET /health HTTP/1.1\r\n")
-        time.sleep(0.05)  # so that the server has taken them one after the other
+        self.wait_until_idle(client)
+        if self.tls:
+            time.sleep(0.05)  # it waits twice: for the handshake, then for a head
         return client
 
     def is_open(self, client: Client) -> bool:
@@ -941,7 +973,7 @@ class _Crowd(Attack):
         idle = self.client()
         idle.send(request("GET", "/health"))
         self.assertEqual(idle.answer().status, 200)
-        time.sleep(0.3)  # so that it waits for the next one by now
+        self.wait_until_idle(idle)
         half = [self.half_sent() for _ in range(5)]
         self.assertEqual(self.ask(request("GET", "/health")).status, 200)
         self.assertFalse(idle.receive())
@@ -951,7 +983,7 @@ class _Crowd(Attack):
         busy = self.client()
         data = post("busy.bin", bytes(100_000))
         busy.send(data[:5000])
-        time.sleep(0.05)
+        self.wait_until(lambda server: server._connections and not server._waiting)
         half = [self.half_sent() for _ in range(20)]
         busy.send(data[5000:])
         self.assert_stored(busy.answer())
@@ -979,7 +1011,8 @@ class LimitTest(Attack):
         busy = [self.client() for _ in range(4)]
         for client in busy:
             client.send(data[:5000])
-            time.sleep(0.05)
+        self.wait_until(lambda server: len(server._connections) == 4)
+        self.wait_until(lambda server: not server._waiting)
         more = [self.client() for _ in range(20)]
         for client in more:
             client.send(data[:5000])
@@ -1009,7 +1042,7 @@ class LimitTest(Attack):
         server = self.serve_here()
         idle = self.client(server)
         idle.send(b"GET ")
-        time.sleep(0.2)
+        self.wait_until_idle(idle, server)
         calls, accept = [], socketserver.TCPServer.get_request
 
         def without(self: Any) -> Any:
@@ -2232,23 +2265,22 @@ class AccountTest(_WithUsers):
             self.assertEqual(len(found), lines, text)
 
     def start_and_stop(self, *flags: str) -> str:
-        with tempfile.TemporaryFile("w+") as output:
+        said = Path(tempfile.mkdtemp(dir=folder)) / "said"
+        with open(said, "w") as output:
             process = subprocess.Popen(
                 [sys.executable, str(SERVER), "--config", "", "--port", "0", *flags]
                 + ["--upload-dir", tempfile.mkdtemp(dir=folder)],
                 stdout=output,
                 stderr=output,
             )
-            for _ in range(200):
-                output.seek(0)
-                if "files go to" in output.read():
-                    break
-                time.sleep(0.05)
-            time.sleep(0.2)  # what is printed after that line
-            process.terminate()
-            process.wait(15)
-            output.seek(0)
-            return output.read()
+        for _ in range(600):
+            if "files go to" in said.read_text():
+                break
+            time.sleep(0.05)
+        time.sleep(0.2)  # what is printed after that line
+        process.terminate()
+        process.wait(15)
+        return said.read_text()
 
 
 @seen_to_fail
@@ -2728,8 +2760,9 @@ class NginxTest(Attack):
     @contextlib.contextmanager
     def nginx(self, host_line: str, server: Any) -> Iterator[RunningServer]:
         box = Path(tempfile.mkdtemp(dir=folder))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        # It inherits the listening socket: nobody else gets the port in between.
+        listener = self.enterContext(socket.create_server(("127.0.0.1", 0)))
+        port = listener.getsockname()[1]
         text = NGINX.format(
             box=box,
             port=port,
@@ -2751,7 +2784,10 @@ class NginxTest(Attack):
                 "user root;",
             ],
             stderr=log,
+            pass_fds=[listener.fileno()],
+            env={**os.environ, "NGINX": f"{listener.fileno()};"},
         )
+        listener.close()
         try:
             self.wait_for(port, process, log)
             yield RunningServer(process, ("127.0.0.1", port))  # type: ignore
@@ -2948,6 +2984,7 @@ class LogTest(Attack):
     """cpython#100001, twisted#11535: one event one line, and no secret in it."""
 
     def setUp(self) -> None:
+        super().setUp()
         self.before = len(log_lines)
 
     def lines(self) -> list[str]:
