@@ -151,11 +151,13 @@ class Project:
 
     def finished(self) -> dict[str, bytes]:
         """All files of the upload folder, except what the server keeps for itself."""
-        return {
-            path.relative_to(self.upload_dir).as_posix(): path.read_bytes()
-            for path in self.upload_dir.rglob("*")
-            if path.is_file() and ".flowserver" not in path.parts
-        }
+        found = {}
+        for path in self.upload_dir.rglob("*"):
+            if path.is_file() and ".flowserver" not in path.parts:
+                with contextlib.suppress(FileNotFoundError):  # taken away just now
+                    name = path.relative_to(self.upload_dir).as_posix()
+                    found[name] = path.read_bytes()
+        return found
 
     def unfinished(self) -> list[str]:
         """Data in the temp folder: none is left of a finished upload."""
