@@ -12,6 +12,7 @@ of system call. FLOWSERVER_CRASHES=all tries every one of those, instead of some
 from __future__ import annotations
 
 import collections
+import contextlib
 import mmap
 import os
 import random
@@ -431,10 +432,12 @@ class StraceTest(CrashCase):
 
         def is_attached() -> bool:
             threads = Path(f"/proc/{server.pid}/task").iterdir()
-            return all(
-                "TracerPid:\t0" not in (thread / "status").read_text()
-                for thread in threads
-            )
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                return all(
+                    "TracerPid:\t0" not in (thread / "status").read_text()
+                    for thread in threads
+                )
+            return False  # one has just ended: look again
 
         eventually(is_attached, f"strace of {status}")
         return tracer

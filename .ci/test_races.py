@@ -339,9 +339,13 @@ class FlaskLikeSampleTest(RaceCase):
             File(f"{index}.bin", noise(6 * 262144 + 17, index), 262144)
             for index in range(40)
         ]
-        wrong = {}
-        for name, start in (("sample", SampleServerProcess), ("flowserver", Server)):
-            folder = self.home / name
+        wrong = {"sample": 0}
+        tries = [(f"sample {number}", SampleServerProcess) for number in range(3)]
+        for place, start in (*tries, ("flowserver", Server)):
+            name = place.partition(" ")[0]
+            if wrong.get(name):
+                continue  # it has spoiled some already; by luck it may spoil none
+            folder = self.home / place
             folder.mkdir()
             with start(folder) as server:
                 for file in files:

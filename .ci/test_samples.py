@@ -185,7 +185,7 @@ class ClientTest(ClientCase):
         content = noise(40 * MIB, 1)
         (path,) = write_files(self.source, {"file.bin": content})
         self.serve()
-        client = self.begin("--chunk-size", "256K", path)
+        client = self.begin("--chunk-size", "64K", path)
         self.wait_for(lambda: self.accepted() >= 10, "some chunks to arrive")
         self.server.kill()
         self.assertIsNone(client.poll())

@@ -29,6 +29,7 @@ from attack import (
     File,
     HalfSent,
     Server,
+    eventually,
     finished_files,
     flowserver,
     leftovers,
@@ -218,6 +219,7 @@ class TroubleTest(TroubleCase):
             end = time.monotonic() + 30
             while (answer is None or answer.status != 200) and time.monotonic() < end:
                 answer = client.post(FILE, 2)
+            eventually(lambda: len(leftovers(self.folder)) < 2, "the end of the others")
             self.assert_goes_on(client, first=2)
 
     def test_clock_set_back_and_forth(self) -> None:
