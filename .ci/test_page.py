@@ -19,6 +19,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -124,13 +125,17 @@ class Server:
         self.log = folder / "log"
         self.upload_dir = folder / "uploads"
         self.flags = flags
-        self.port = 0
+        # Bound here, too, all the while: nobody else gets it when the server is down.
+        self.place = socket.socket()
+        self.place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.place.bind(("127.0.0.1", 0))
+        self.port = self.place.getsockname()[1]
         if not (folder / "flowserver.py").exists():
             shutil.copy(SERVER, folder / "flowserver.py")
         self.start()
 
     def start(self) -> None:
-        """Start, the second time at the address of the first."""
+        """Start, each time at the same address."""
         command = [sys.executable, "flowserver.py", "--port", str(self.port)]
         environment = dict(os.environ)
         environment.pop("FLOWSERVER_CONFIG", None)
@@ -145,7 +150,6 @@ class Server:
                 text=True,
             )
         self.url = self._announced_url()
-        self.port = urlsplit(self.url).port or 0
 
     def _announced_url(self) -> str:
         assert self.process.stdout is not None
@@ -263,10 +267,12 @@ class PageCase(unittest.TestCase):
 
     def serve(self, *flags: str) -> None:
         self.server = Server(self.home, *flags)
+        self.addCleanup(self.server.place.close)
         self.addCleanup(self.stop_server)
         self.open(self.server.url)
 
     def open(self, url: str) -> None:
+        BROWSER.open("about:blank")  # what the page of the test before says of that
         BROWSER.console()
         BROWSER.open(url)
         BROWSER.run("sessionStorage.clear(); requests.length = 0")

@@ -60,6 +60,7 @@ class ClientCase(unittest.TestCase):
 
     def serve(self, *flags: str) -> None:
         self.server = Server(self.home, *flags)
+        self.addCleanup(self.server.place.close)
         self.addCleanup(self.stop_server)
 
     def stop_server(self) -> None:
