@@ -2486,10 +2486,10 @@ class Store:
         key = body.upload.key
         with self._mutex:
             self._notice_fork()
-            self._bodies.setdefault(key, []).append(body)
             if not body.is_whole and self.disk.shares_locks:
                 if key not in self._busy_fds:
                     self._busy_fds[key] = self._share_busy(key)
+            self._bodies.setdefault(key, []).append(body)
 
     def _share_busy(self, key: str) -> int:
         """Lock <key>.busy together with all who have bodies of an upload under way."""

@@ -2232,6 +2232,19 @@ class StoreTest(unittest.TestCase):
         self.assertTrue(store.forget(upload_of(self.data, "b.bin"), "anna"))
         self.assertEqual((self.files(), store.open_uploads), ({"a.bin": self.data}, 0))
 
+    def test_body_that_could_not_begin_is_not_under_way(self) -> None:
+        """Else the end of a file of two senders would wait for it for good."""
+        disk = NoBusyFiles(sync=False)
+        store = self.open(disk=disk)
+        disk.is_full = True
+        with contextlib.suppress(flowserver.Trouble):  # Windows has no such files
+            put(store, self.data, 0, 300)
+        disk.is_full = False
+        for (low, high), sender in zip(thirds(900), ("anna", "anna", "bert")):
+            progress = put(store, self.data, low, high, sender)
+        self.assertIsNotNone(progress.done)
+        self.assertEqual((store._bodies, store._busy_fds), ({}, {}))
+
     def test_share_of_a_busy_file_is_kept(self) -> None:
         """To ask for all of it means to lose one's share for a moment."""
         disk = LosingShares(sync=False)
