@@ -2510,8 +2510,8 @@ class Store:
         with contextlib.suppress(OSError):  # not there, or the sweep tries again
             fd = self.disk.open(self._path(key + ".busy"), os.O_RDWR)
             try:
-                if self.disk.try_lock(fd):
-                    self.disk.unlink(self._path(key + ".busy"))
+                if self.disk.try_lock(fd) and self.disk.stat(fd).st_nlink:
+                    self.disk.unlink(self._path(key + ".busy"))  # this one, no newer
             finally:
                 self.disk.close(fd)
 
