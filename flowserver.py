@@ -1280,7 +1280,7 @@ class Disk:
         return self._flock(fd, True, False)
 
     def unlock(self, fd: int) -> None:
-        """Give the lock of an open file back."""
+        """Give a lock back; close() does not while a forked child has the file, too."""
         self._flock(fd, False, False)
 
     def share_lock(self, fd: int) -> None:
@@ -1898,6 +1898,7 @@ class _Publisher:
                 self.disk.lock(fd)
                 self.disk.publish(source, folder, name)
             finally:
+                self.disk.unlock(fd)
                 self.disk.close(fd)
 
 
@@ -2532,6 +2533,7 @@ class Store:
         try:
             return not self.disk.try_lock(fd)
         finally:
+            self.disk.unlock(fd)
             self.disk.close(fd)
 
     def leave(self, body: Receiving) -> None:
@@ -2550,6 +2552,7 @@ class Store:
             is_open = ledger is None or not (ledger.finished or ledger.is_dead)
             is_mixed = len(ledger.sent) > 1 if ledger else fd is not None
         if fd is not None:
+            self.disk.unlock(fd)
             self.disk.close(fd)
             if not is_open:
                 self._unlink_busy(key)

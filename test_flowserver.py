@@ -2278,6 +2278,16 @@ class StoreTest(unittest.TestCase):
         self.assertIsNone(put(third, self.data, 600, 900, "anna").done)
         late.close()
 
+    def test_child_that_was_forked_meanwhile_holds_nothing_up(self) -> None:
+        """It has copies of all descriptors, and a lock lives as long as any copy."""
+        with self.store.receive(upload_of(self.data), 0, 300, "anna") as body:
+            for fd in self.store._busy_fds.values():
+                self.addCleanup(os.close, os.dup(fd))
+            body.write(self.data[:300])
+            body.commit()
+        put(self.store, self.data, 300, 600, "anna")
+        self.assertIsNotNone(put(self.store, self.data, 600, 900, "bert").done)
+
     def test_busy_file_that_was_made_anew_is_not_removed(self) -> None:
         """Two processes sweep; a body begins between."""
         disk, other, upload = BeforeLock(sync=False), self.open(), upload_of(self.data)
