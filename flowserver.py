@@ -1722,7 +1722,11 @@ class _Process:
             name = f"{token}-{self._count}.part"
             self._parts.add(name)
         path = self._path(name)
-        return path, self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            return path, self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        except OSError:
+            self.drop_part(path)
+            raise
 
     def drop_part(self, path: str) -> None:
         """Remove a private file; what can't be removed now is swept later."""

@@ -2244,6 +2244,12 @@ class StoreTest(unittest.TestCase):
         self.assertTrue(store.forget(upload_of(self.data, "b.bin"), "anna"))
         self.assertEqual((self.files(), store.open_uploads), ({"a.bin": self.data}, 0))
 
+    def test_part_that_could_not_be_made_is_not_remembered(self) -> None:
+        with mock.patch.object(self.store.disk, "open", side_effect=OSError(24, "")):
+            with self.assertRaises(OSError):
+                self.store.process.new_part()
+        self.assertEqual(self.store.process._parts, set())
+
     def test_body_that_could_not_begin_is_not_under_way(self) -> None:
         """Else the end of a file of two senders would wait for it for good."""
         disk = NoBusyFiles(sync=False)
