@@ -2847,7 +2847,9 @@ class Store:
         if ledger.boot and ledger.boot != self.disk.boot_id():
             return True
         status = self.disk.stat_path(self.data_path(ledger))
-        return status is None or ledger.ranges.end > status.st_size
+        if status is None:  # cancelled by one sender: the others must be told
+            return bool(ledger.ranges.total) or not ledger.forgotten
+        return ledger.ranges.end > status.st_size
 
     def _is_stale(self, ledger: _Ledger, age: float, stale_after: float) -> bool:
         if age <= stale_after or ledger.users > 1:

@@ -2201,6 +2201,17 @@ class StoreTest(unittest.TestCase):
                 body.write(self.data[300:600])
         self.assertEqual(leftovers(self.folder), {})
 
+    def test_sweep_does_not_hide_that_stored_bytes_were_forgotten(self) -> None:
+        put(self.store, self.data, 0, 300, "anna")
+        put(self.store, self.data, 300, 600, "bert")
+        self.assertTrue(self.store.forget(upload_of(self.data), "anna"))
+        self.store.sweep(stale_after=100, keep_receipts=100)
+        with self.assertRaises(flowserver.Conflict):  # he must begin once more
+            put(self.store, self.data, 600, 900, "bert")
+        self.now = time.time() + 101
+        self.store.sweep(stale_after=100, keep_receipts=100)
+        self.assertEqual((self.store.open_uploads, leftovers(self.folder)), (0, {}))
+
     def test_late_duplicate_is_no_beginning_of_another_version(self) -> None:
         """Its bytes must not be taken for those of the version that is sent next."""
         put(self.store, self.data, 0, 300)
