@@ -3322,21 +3322,24 @@ class _Aside(_Way):
 
     def _name_part(self, folder: Folder, name: str) -> Optional[bool]:
         """Return True when the name was given, False when it had these very bytes."""
-        publisher, existing = self.store.publisher, None
-        if publisher.policy == "replace":
-            existing = self.disk.named(folder, name)
-        if not existing or not publisher.is_same(self._open(), folder, name, existing):
-            try:
-                self._close_for_rename()
-                publisher.give(self.path, folder, name)
-                return True
-            except FileExistsError:
-                existing = self.disk.named(folder, name)
-        if existing and publisher.is_same(self._open(), folder, name, existing):
+        publisher = self.store.publisher
+        if publisher.policy == "replace" and self._is_there(folder, name):
+            return False
+        with contextlib.suppress(FileExistsError):
+            self._close_for_rename()
+            publisher.give(self.path, folder, name)
+            return True
+        if self._is_there(folder, name):
             return False
         if publisher.policy == "refuse":
             raise _taken(name)
         return None
+
+    def _is_there(self, folder: Folder, name: str) -> bool:
+        existing = self.disk.named(folder, name)
+        return existing is not None and self.store.publisher.is_same(
+            self._open(), folder, name, existing
+        )
 
     def _close_for_rename(self) -> None:
         if not self.disk.unlinks_open:
