@@ -1990,7 +1990,8 @@ class Store:
 
     def knows(self, upload: Upload) -> bool:
         """Return whether the upload was begun, or finished a while ago."""
-        status = self.disk.stat_path(self._path(upload.key + ".ledger"))
+        with _explained():
+            status = self.disk.stat_path(self._path(upload.key + ".ledger"))
         return status is not None and status.st_size > 0
 
     def status(
