@@ -2795,16 +2795,15 @@ class Store:
         if ledger is None:
             self._discard_all(datas)
             return False
-        is_ended = False
         try:
             with self.locked(ledger):
                 if not ledger.is_dead:
                     current = os.path.basename(self.data_path(ledger))
                     self._discard_all([name for name in datas if name != current])
-                    is_ended = self._sweep_ledger(ledger, stale_after, keep_receipts)
+                    self._sweep_ledger(ledger, stale_after, keep_receipts)
                 is_open = bool(ledger.generation) and not ledger.finished
                 goes_on = is_open and not ledger.is_dead
-            if is_ended and self.announce and not ledger.is_announced:
+            if self.announce and ledger.finished and not ledger.is_announced:
                 self._announce_end(ledger)
             return goes_on
         finally:
@@ -2822,16 +2821,15 @@ class Store:
 
     def _sweep_ledger(
         self, ledger: _Ledger, stale_after: float, keep_receipts: float
-    ) -> bool:
-        """Do what a ledger needs; return whether its upload has ended."""
+    ) -> None:
+        """Do what a ledger needs."""
         age = self.clock() - self.disk.stat(ledger.fd).st_mtime
         if ledger.finished:
             self._discard(self.data_path(ledger))
             if age > keep_receipts and ledger.users == 1:
                 if ledger.is_announced or not self.announce:
                     self.drop(ledger)
-            return not ledger.is_dead
-        if not ledger.generation:
+        elif not ledger.generation:
             if self.disk.unlinks_open:
                 self.drop(ledger)
         elif self._has_lost_data(ledger) and not self._published(ledger):
@@ -2841,7 +2839,6 @@ class Store:
         elif ledger.is_complete and (ledger.is_one_version or age > _QUIET_SECONDS):
             if self._may_finish(ledger, None, {}):
                 self._finish(ledger, None, {})
-        return bool(ledger.finished)
 
     def _has_lost_data(self, ledger: _Ledger) -> bool:
         """Whether recorded bytes may be missing: the power was cut with sync off."""
