@@ -2617,11 +2617,10 @@ class Store:
         self, ledger: _Ledger, body: Optional[Receiving], fields: Mapping[str, str]
     ) -> Progress:
         """Say how far the upload is; finish it when nothing is missing."""
-        is_new = False
-        if ledger.is_complete and not ledger.finished:
-            if self._may_finish(ledger, body, fields):
-                self._finish(ledger, body, fields)
-                is_new = True
+        is_open = ledger.is_complete and not ledger.finished
+        is_new = is_open and self._may_finish(ledger, body, fields)
+        if is_new:
+            self._finish(ledger, body, fields)
         done = self._done(ledger) if ledger.finished else None
         is_new = is_new or bool(done and self.announce and not ledger.is_announced)
         sizes = (ledger.ranges.total, ledger.upload.size)
@@ -2713,12 +2712,10 @@ class Store:
 
     def _published(self, ledger: _Ledger) -> str:
         """Return the name that a crash left the data file under, or ""."""
+        size = ledger.upload.size
         for path, inode, _ in reversed(ledger.intents):
             status = self.publisher.stat(path)
-            if status and (status.st_ino, status.st_size) == (
-                inode,
-                ledger.upload.size,
-            ):
+            if status and (status.st_ino, status.st_size) == (inode, size):
                 with self.publisher.folder_of(path) as folder:
                     self.disk.flush_folder(folder)
                 return path
@@ -2749,10 +2746,8 @@ class Store:
             self.publisher.give(self.data_path(ledger), folder, candidate)
 
         with self.publisher.folder_of(ledger.upload.path) as folder:
-            chosen = self.publisher.choose(
-                folder, name, lambda: self.data(ledger), give
-            )
-        return parent + slash + chosen
+            found = self.publisher.choose(folder, name, lambda: self.data(ledger), give)
+        return parent + slash + found
 
     def is_intact(self, ledger: _Ledger) -> bool:
         """Return whether the finished file is still there as it was published."""
@@ -2801,8 +2796,8 @@ class Store:
                     current = os.path.basename(self.data_path(ledger))
                     self._discard_all([name for name in datas if name != current])
                     self._sweep_ledger(ledger, stale_after, keep_receipts)
-                is_open = bool(ledger.generation) and not ledger.finished
-                goes_on = is_open and not ledger.is_dead
+                is_over = ledger.is_dead or ledger.finished
+                goes_on = bool(ledger.generation and not is_over)
             if self.announce and ledger.finished and not ledger.is_announced:
                 self._announce_end(ledger)
             return goes_on
