@@ -2750,7 +2750,7 @@ class Store:
         return parent + slash + found
 
     def is_intact(self, ledger: _Ledger) -> bool:
-        """Return whether the finished file is still there as it was published."""
+        """Return whether it is finished, and its file still there as published."""
         finished = ledger.finished
         status = self.publisher.stat(finished.path) if finished else None
         if status is None or finished is None:
@@ -2952,15 +2952,15 @@ class Receiving:
         with self.store.entered(self.upload) as ledger:
             if ledger is not None:
                 self.store.finish_published(ledger)
-            if ledger is not None and ledger.finished and self.store.is_intact(ledger):
-                return _Repeated(self, ledger)
-            if ledger is not None and ledger.ranges.total and not ledger.finished:
-                way = _InPlace(self, ledger)
-                try:
-                    return way if way.claim() else _Aside(self, ledger)
-                finally:
-                    if not way.has_claimed:
-                        self.store.release(ledger)
+                if self.store.is_intact(ledger):
+                    return _Repeated(self, ledger)
+                if ledger.ranges.total and not ledger.finished:
+                    way = _InPlace(self, ledger)
+                    try:
+                        return way if way.claim() else _Aside(self, ledger)
+                    finally:
+                        if not way.has_claimed:
+                            self.store.release(ledger)
         self.store.publisher.refuse_early(self.upload, self.is_whole)
         return _Aside(self, None)
 
@@ -3071,8 +3071,13 @@ class _Way:
             self.fd = -1
 
     def is_current(self) -> bool:
-        """Whether the upload goes on that this body began with."""
+        """Whether the upload is still the one that this body began with."""
         return not self.ledger.is_dead and self.ledger.generation == self.generation
+
+    def require_current(self) -> None:
+        """Raise Conflict when that upload was dropped meanwhile."""
+        if not self.is_current():
+            raise _cancelled()
 
     def record(self, ledger: _Ledger, gaps: Sequence[Tuple[int, int]]) -> None:
         """Write down what this sender has sent: what was there already, and `gaps`."""
@@ -3101,13 +3106,8 @@ class _InPlace(_Way):
         self.is_overtaken = False  # somebody else wrote where we had written
 
     def claim(self) -> bool:
-        """Claim what is missing of the range; False when somebody else writes there.
-
-        Raises Conflict when the upload was dropped meanwhile.
-        """
+        """Claim what is missing of the range; False when somebody else writes there."""
         ledger, body = self.ledger, self.body
-        if not self.is_current():
-            raise _cancelled()
         gaps = ledger.ranges.gaps(body.start, body.end)
         rivals = [o for o in ledger.attempts if o.generation == ledger.generation]
         taken = [claim for rival in rivals for claim in rival.claims]
@@ -3133,10 +3133,9 @@ class _InPlace(_Way):
         gaps: List[Tuple[int, int]] = []
         if self.claims or not self.has_claimed:
             with self.store.locked(self.ledger):
+                self.require_current()
                 if not self.has_claimed and not self.claim():
                     return False
-                if not self.is_current():
-                    raise _cancelled()
                 gaps = self.ledger.ranges.gaps(start, end)
                 for low, high in gaps:
                     data = self.store.data(self.ledger)
@@ -3156,14 +3155,12 @@ class _InPlace(_Way):
             return
         end = offset + len(block)
         with self.ledger.mutex:
-            if not self.is_current():
-                raise _cancelled()
+            self.require_current()
             with contextlib.suppress(FileNotFoundError):  # others ended the upload
                 if self._is_equal(block, offset):
                     return
         with self.store.locked(self.ledger):
-            if not self.is_current():
-                raise _cancelled()
+            self.require_current()
             self.store.finish_published(self.ledger)
             if self._is_equal(block, offset):
                 return
@@ -3181,8 +3178,7 @@ class _InPlace(_Way):
         if self.claims:
             self.store.flush_data(ledger)
         with self.store.locked(ledger):
-            if not self.is_current():
-                raise _cancelled()
+            self.require_current()
             self.store.require_flushed(ledger, self.failed_flushes)
             gaps = ledger.ranges.gaps(body.start, body.end)
             if gaps:
@@ -3201,12 +3197,12 @@ class _InPlace(_Way):
 
     def close(self) -> None:
         """Let go; what was written and not recorded is cut off where it can be."""
-        if self.claims and self.ledger_or_none is not None:
-            with contextlib.suppress(OSError), self.store.locked(self.ledger):
-                self._drop_claims()
-                if self.is_current() and not self.ledger.is_complete:
-                    self._cut_off()
         if self.ledger_or_none is not None:
+            if self.claims:
+                with contextlib.suppress(OSError), self.store.locked(self.ledger):
+                    self._drop_claims()
+                    if self.is_current() and not self.ledger.is_complete:
+                        self._cut_off()
             with self.ledger.mutex:
                 self._drop_claims()
                 self.store.leave_home(self.ledger)
