@@ -2424,9 +2424,9 @@ class Store:
             raise _unsure()
 
     def refuse_difference(
-        self, ledger: _Ledger, body: Receiving, start: int, end: int, is_late: bool
+        self, ledger: _Ledger, body: Receiving, is_late: bool
     ) -> None:
-        """Raise Conflict: [start, end) is recorded with other bytes.
+        """Raise Conflict: other bytes are recorded in the body's range.
 
         What this sender alone had sent is forgotten, so that the next try starts
         afresh, unless it came while this body was under way (`is_late`).  Beside bytes
@@ -2463,7 +2463,7 @@ class Store:
         if body.sender in ledger.forgotten and body.start > 0 and not body.is_whole:
             raise _cancelled()
         if body.sender in ledger.refused and not body.is_whole and not ledger.finished:
-            self.refuse_difference(ledger, body, body.start, body.end, is_late=True)
+            self.refuse_difference(ledger, body, is_late=True)
 
     def _is_quiet(self, ledger: _Ledger) -> bool:
         """Whether nobody has stored anything for so long that all have given up."""
@@ -3165,7 +3165,7 @@ class _InPlace(_Way):
             if self._is_equal(block, offset):
                 return
             is_late = any(a < end and offset < b for a, b in self.claims)
-            self.store.refuse_difference(self.ledger, self.body, offset, end, is_late)
+            self.store.refuse_difference(self.ledger, self.body, is_late)
 
     def _is_equal(self, block: memoryview, offset: int) -> bool:
         data = self.store.data(self.ledger)
@@ -3265,7 +3265,7 @@ class _Aside(_Way):
             store.begin_afresh(ledger, body.upload, body.sender, _noted(body, ledger))
         for low, high in ledger.ranges.within(body.start, body.end):
             if not _are_equal(self.disk, store.data(ledger), self.fd, low, high):
-                store.refuse_difference(ledger, body, low, high, is_late=True)
+                store.refuse_difference(ledger, body, is_late=True)
         gaps = ledger.ranges.gaps(body.start, body.end)
         if gaps:
             store.require_welcome(ledger, body)
@@ -3409,12 +3409,9 @@ class _Repeated(_Way):
 
 def _noted(body: Receiving, ledger: _Ledger) -> List[Tuple[int, int]]:
     """Return what this sender sent again of the finished file, but for this body's."""
-    noted = Ranges()
-    for note in ledger.notes:
-        if note.sender == body.sender and not note.is_retry:
-            for gap in Ranges([(body.start, body.end)]).gaps(note.start, note.end):
-                noted.add(*gap)
-    return list(noted)
+    mine = (n for n in ledger.notes if n.sender == body.sender and not n.is_retry)
+    noted = Ranges((note.start, note.end) for note in mine)
+    return noted.within(0, body.start) + noted.within(body.end, body.upload.size)
 
 
 def _unsure() -> Conflict:
