@@ -1513,7 +1513,8 @@ class _Ledger:
         self.intents: List[Tuple[str, int, Dict[str, str]]] = []
         self.finished: Optional[_Finished] = None
         self.is_announced = False
-        self.notes: List[_Note] = []
+        self.notes: Dict[str, List[_Note]] = {}  # by sender
+        self.noted: Dict[str, Ranges] = {}  # the ranges of these
 
     @property
     def is_complete(self) -> bool:
@@ -1598,11 +1599,14 @@ class _Ledger:
 
     def add_note(self, *values: Any) -> None:
         """A range came again and was equal."""
-        self.notes.append(_Note(*values))
+        note = _Note(*values)
+        self.notes.setdefault(note.sender, []).append(note)
+        self.noted.setdefault(note.sender, Ranges()).add(note.start, note.end)
 
     def drop_notes(self, sender: str) -> None:
         """This sender has begun to send the file once more."""
-        self.notes = [note for note in self.notes if note.sender != sender]
+        self.notes.pop(sender, None)
+        self.noted.pop(sender, None)
 
 
 _LINES: Mapping[str, Callable[..., None]] = {
@@ -2315,7 +2319,7 @@ class Store:
             finally:
                 self.disk.close(fd)
         # Whoever sent the finished file may still be at it: that is another version.
-        others = {note.sender for note in ledger.notes}
+        others = set(ledger.notes)
         if not self._is_quiet(ledger):
             others |= ledger.refused | set(ledger.sent)
         self._open_upload(ledger, upload, sender, ranges, generation, others - {sender})
@@ -2411,7 +2415,7 @@ class Store:
         client begins once more, with nothing noted.
         """
         now = self.clock()
-        mine = [note for note in ledger.notes if note.sender == body.sender]
+        mine = ledger.notes.get(body.sender, [])
         if mine and mine[-1].time < now - _NOTE_SECONDS:
             is_sure = False
         # A sending begins with the first chunk, or nearly: what came long before that
@@ -3389,16 +3393,16 @@ class _Repeated(_Way):
         minutes, and after two minutes of silence: the client sends the file once more.
         """
         body, now = self.body, self.store.clock()
-        mine = [one for one in ledger.notes if one.sender == body.sender]
+        mine = ledger.notes.get(body.sender, [])
+        noted = ledger.noted.get(body.sender) or Ranges()
         limit = now - _NOTE_SECONDS
-        covered = Ranges((one.start, one.end) for one in mine)
-        is_again = any(
+        is_again = bool(noted.within(body.start, body.end)) and any(
             one.start < body.end and body.start < one.end and one.time < limit
             for one in mine
         )
         is_over = bool(mine) and mine[-1].time < limit
         lines = b""
-        if is_again or is_over or (mine and covered.total == ledger.upload.size):
+        if is_again or is_over or (mine and noted.total == ledger.upload.size):
             lines, mine = _ledger_line("afresh", body.sender), []
         assert ledger.finished is not None
         me = (body.start, body.end, body.sender)
@@ -3409,8 +3413,8 @@ class _Repeated(_Way):
 
 def _noted(body: Receiving, ledger: _Ledger) -> List[Tuple[int, int]]:
     """Return what this sender sent again of the finished file, but for this body's."""
-    mine = (n for n in ledger.notes if n.sender == body.sender and not n.is_retry)
-    noted = Ranges((note.start, note.end) for note in mine)
+    mine = ledger.notes.get(body.sender, [])
+    noted = Ranges((note.start, note.end) for note in mine if not note.is_retry)
     return noted.within(0, body.start) + noted.within(body.end, body.upload.size)
 
 

@@ -209,6 +209,16 @@ class ChunksTest(GrowthTest):
         """Every other chunk: no range has a neighbour to be joined with."""
         self.compare(list(range(0, self.COUNT, 2)))
 
+    def test_chunk_that_comes_again_costs_the_same_after_10000(self) -> None:
+        disk, count = CountingDisk(), 10_000
+        self.uploads = self.store(disk)
+        self.upload = upload_of("again.bin", count * len(self.CHUNK))
+        self.put_all(range(count))
+        costs = [
+            self.cost(disk, list(range(low, low + 100))) for low in range(0, count, 100)
+        ]
+        self.assertLessEqual(best_seconds(costs[-10:]), 2 * best_seconds(costs[:10]))
+
 
 class LastChunkTest(GrowthTest):
     SIZE = 20 * GIB
