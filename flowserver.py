@@ -1940,10 +1940,9 @@ class Store:
         announce: Optional[Callable[[Done], None]] = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.upload_dir = os.path.abspath(upload_dir)
-        self.temp_dir = os.path.abspath(
-            temp_dir or os.path.join(upload_dir, ".flowserver")
-        )
+        self.upload_dir = _followed(upload_dir)
+        temp_dir = temp_dir or os.path.join(self.upload_dir, ".flowserver")
+        self.temp_dir = _followed(temp_dir)
         self.disk = disk or Disk()
         self.announce = announce
         self.clock = clock
@@ -2084,7 +2083,8 @@ class Store:
                 f"temp_dir {self.temp_dir} is not on the same file system as upload_dir"
                 f" {self.upload_dir}."
             )
-        for path in (self.upload_dir, os.path.dirname(self.temp_dir), self.temp_dir):
+        parent = os.path.realpath(os.path.dirname(self.temp_dir))
+        for path in (self.upload_dir, parent, self.temp_dir):
             self.publisher.flush_folder(path)
         self._try_links()
 
@@ -2874,6 +2874,11 @@ _NO_LINKS = (
     getattr(errno, "ENOTSUP", errno.EOPNOTSUPP),
     errno.EMLINK,
 )
+
+
+def _followed(path: str) -> str:
+    """Return the absolute path; what is a link itself is where it leads to."""
+    return os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path)
 
 
 def _sender_hash(sender: str) -> str:

@@ -2484,6 +2484,24 @@ class StoreTest(unittest.TestCase):
         self.assertEqual(self.files()["real/new/a.bin"], self.data)
         self.assertEqual(leftovers(self.folder), {})
 
+    @unittest.skipUnless(hasattr(os, "symlink") and os.name == "posix", "needs POSIX")
+    def test_folders_of_ours_may_be_links(self) -> None:
+        root = self.enter(temporary_folder())
+        for name in ("disk", "disk/uploads", "disk/temp"):
+            os.mkdir(os.path.join(root, name))
+        os.symlink("disk", os.path.join(root, "link"))
+        os.symlink("disk/uploads", os.path.join(root, "uploads"))
+        os.symlink("disk/temp", os.path.join(root, "temp"))
+        for temp in ("", "temp", "link/t"):
+            temp_dir = temp and os.path.join(root, temp)
+            upload_dir = os.path.join(root, "uploads")
+            with temporary_store(upload_dir=upload_dir, temp_dir=temp_dir) as store:
+                for low, high in thirds(900):
+                    put(store, self.data, low, high, path="a.bin")
+                put(store, noise(9), path="new/a.bin")
+            files = {"a.bin": self.data, "new/a.bin": noise(9)}
+            self.assertEqual(finished_files(os.path.join(root, "disk/uploads")), files)
+
     def test_unflushed_uploads_are_not_trusted_after_a_reboot(self) -> None:
         for is_same, left in ((True, 1), (False, 0)):
             put(self.store, self.data, 0, 300)
