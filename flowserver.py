@@ -1866,7 +1866,12 @@ class _Publisher:
             return True
         if mine.st_size != existing.st_size or not stat.S_ISREG(existing.st_mode):
             return False
-        other = self.disk.open(os.path.join(folder.path, name), os.O_RDONLY)
+        # Windows flushes only what may be written.
+        flags = os.O_RDONLY if self.disk.unlinks_open else os.O_RDWR
+        try:
+            other = self.disk.open(os.path.join(folder.path, name), flags)
+        except (FileNotFoundError, PermissionError):  # gone by now, or not ours
+            return False
         try:
             if not _are_equal(self.disk, fd, other, 0, mine.st_size):
                 return False
@@ -2362,7 +2367,7 @@ class Store:
             if ledger.flushed_writes >= wanted:
                 return
             reached, fd = ledger.writes, ledger.data_fd
-            if fd is None:  # finished by others, who have flushed what is recorded
+            if fd is None or ledger.finished:  # by others, who have flushed it
                 return
             try:
                 self.disk.flush(fd)

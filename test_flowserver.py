@@ -1928,6 +1928,23 @@ class StoreTest(unittest.TestCase):
         files = {"a.bin": noise_of_another, "a (1).bin": self.data}
         self.assertEqual(self.files(), files)
 
+    def test_name_of_a_file_that_may_not_be_read_is_taken(self) -> None:
+        disk, other = self.store.disk, noise(900, 2)
+        really_open = disk.open
+
+        def open_others(path: str, flags: int) -> int:
+            if os.path.basename(path) == "a.bin":
+                raise PermissionError(errno.EACCES, "not yours", path)
+            return really_open(path, flags)
+
+        put(self.store, self.data)
+        with mock.patch.object(disk, "open", open_others):
+            put(self.store, other)
+            for low, high in thirds(900):
+                put(self.store, changed(other, 1), low, high)
+        files = {"a.bin": self.data, "a (1).bin": other}
+        self.assertEqual(self.files(), {**files, "a (2).bin": changed(other, 1)})
+
     def test_one_chunk_again_finds_the_name_that_it_got(self) -> None:
         put(self.store, noise(900, 2))
         for store in (self.store, self.store, self.open()):
@@ -2759,6 +2776,32 @@ class FlushTest(unittest.TestCase):
             with mock.patch.object(disk, "write", wraps=disk.write) as written:
                 self.assertTrue(store.has(upload, 300, 600, "anna"))
             self.assertEqual(written.call_count, 1)
+
+    def test_only_what_is_open_for_writing_is_flushed_on_windows(self) -> None:
+        class WindowsLike(OpenFilesStay):
+            read_only: Set[int] = set()
+
+            def open(self, path: str, flags: int) -> int:
+                fd = super().open(path, flags)
+                if flags & os.O_RDWR:
+                    self.read_only.discard(fd)
+                else:
+                    self.read_only.add(fd)
+                return fd
+
+            def flush(self, fd: int) -> None:
+                if fd in self.read_only:
+                    raise OSError(errno.EBADF, "Bad file descriptor")
+
+        disk = WindowsLike()
+        disk.links = disk.unlinks_open = disk.shares_locks = False
+        with temporary_store(disk=disk) as store:
+            data = noise(900)
+            for low, high in thirds(900) * 2 + [(0, 900)]:
+                progress = put(store, data, low, high)
+            self.assertEqual(progress.done.filename, "a.bin")
+            self.assertTrue(put(store, noise(9), path="b.bin").is_new)
+            self.assertFalse(put(store, noise(9), path="b.bin").is_new)
 
     def test_nobody_trusts_bytes_that_another_flush_lost(self) -> None:
         disk = self.Failing()
