@@ -2387,14 +2387,13 @@ class Store:
         data, is_same = self.data(ledger), True
         for low in range(start, end, BLOCK_SIZE):
             mine = self.disk.read(part, min(BLOCK_SIZE, end - low), low)
-            if is_same:
-                theirs = self.disk.read(data, len(mine), low)
-                if mine == theirs:
-                    continue
+            theirs = self.disk.read(data, len(mine), low) if is_same else mine
+            if mine != theirs:
                 is_same = False
                 # Whoever has written there, in whatever process, must not record it.
                 first = low + _first_difference(mine, theirs)
                 self.append(ledger, _ledger_line("merge", first, end))
+            # Also what is the same: a flush of it may have failed.
             self.disk.write(data, mine, low)
         ledger.writes += 1
 

@@ -2777,6 +2777,26 @@ class FlushTest(unittest.TestCase):
                 self.assertTrue(store.has(upload, 300, 600, "anna"))
             self.assertEqual(written.call_count, 1)
 
+    def test_second_attempt_does_not_trust_bytes_that_a_flush_lost(self) -> None:
+        disk = self.Failing()
+        with temporary_store(disk=disk) as store:
+            data, upload = noise(900), upload_of(noise(900))
+            put(store, data, 0, 300)
+            put(store, data, 600, 700)
+            first, second = (store.receive(upload, 300, 600, "anna") for _ in "12")
+            first.write(data[300:400])
+            second.write(data[300:600])
+            first.write(data[400:600])
+            disk.failures = 1
+            with self.assertRaises(flowserver.Trouble):
+                first.commit()
+            first.close()
+            with mock.patch.object(disk, "write", wraps=disk.write) as written:
+                second.commit()
+            second.close()
+            lengths = [len(call[0][1]) for call in written.call_args_list]
+            self.assertEqual(lengths[0], 300)
+
     def test_only_what_is_open_for_writing_is_flushed_on_windows(self) -> None:
         class WindowsLike(OpenFilesStay):
             read_only: Set[int] = set()
