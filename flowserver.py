@@ -3276,6 +3276,8 @@ class _Aside(_Way):
             if not store.is_intact(ledger):
                 store.require_sure_notes(ledger, body, is_sure=False)
             store.begin_afresh(ledger, body.upload, body.sender, _noted(body, ledger))
+            if self.ledger_or_none:  # so commit() has not flushed what is adopted now
+                self.disk.flush(self._open())
         for low, high in ledger.ranges.within(body.start, body.end):
             if not _are_equal(self.disk, store.data(ledger), self.fd, low, high):
                 store.refuse_difference(ledger, body, is_late=True)

@@ -2797,6 +2797,30 @@ class FlushTest(unittest.TestCase):
             lengths = [len(call[0][1]) for call in written.call_args_list]
             self.assertEqual(lengths[0], 300)
 
+    def test_second_attempt_that_begins_a_new_upload_is_flushed(self) -> None:
+        class Tracing(flowserver.Disk):
+            flushed: Set[int] = set()
+
+            def flush(self, fd: int) -> None:
+                super().flush(fd)
+                self.flushed.add(os.fstat(fd).st_ino)
+
+        disk = Tracing()
+        with temporary_store(disk=disk) as store:
+            data, upload = noise(900), upload_of(noise(900))
+            put(store, data, 0, 600)
+            first, second = (store.receive(upload, 600, 900, "anna") for _ in "12")
+            first.write(data[600:700])
+            second.write(data[600:900])
+            first.write(data[700:900])
+            os.unlink(first.commit().done.path)
+            first.close()
+            self.assertEqual(second.commit().received, 300)
+            second.close()
+            (name,) = [n for n in os.listdir(store.state_dir) if n.endswith(".data")]
+            inode = os.stat(os.path.join(store.state_dir, name)).st_ino
+            self.assertIn(inode, disk.flushed)
+
     def test_only_what_is_open_for_writing_is_flushed_on_windows(self) -> None:
         class WindowsLike(OpenFilesStay):
             read_only: Set[int] = set()
