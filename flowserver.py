@@ -3367,6 +3367,7 @@ class _Repeated(_Way):
     def __init__(self, body: Receiving, ledger: _Ledger) -> None:
         assert ledger.finished is not None
         path = body.store.publisher.path(ledger.finished.path)
+        self.modified = ledger.finished.modified
         self.fd = body.store.disk.open(path, os.O_RDONLY)
         super().__init__(body, ledger)
 
@@ -3377,7 +3378,10 @@ class _Repeated(_Way):
         return True
 
     def taken(self, position: int, size: int) -> bytes:
-        return self.disk.read(self.fd, size, position)
+        block = self.disk.read(self.fd, size, position)
+        if self.disk.stat(self.fd).st_mtime_ns != self.modified:  # edited meanwhile
+            raise _unsure()
+        return block
 
     def successor(self) -> Optional[_Way]:
         """Return the way of a new version's bytes, None when it was begun already."""

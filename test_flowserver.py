@@ -2411,6 +2411,20 @@ class StoreTest(unittest.TestCase):
             put(self.store, other, low, high)
         self.assertEqual(self.files(), {"a.bin": self.data, "a (1).bin": other})
 
+    def test_bytes_of_a_file_edited_meanwhile_are_not_the_clients(self) -> None:
+        for low, high in thirds(900):
+            done = put(self.store, self.data, low, high).done
+        other = changed(self.data, 299)
+        with self.store.receive(upload_of(other), 0, 300, "anna") as body:
+            body.write(other[:200])
+            with open(done.path, "r+b") as file:
+                file.write(b"edited")
+            with self.assertRaises(flowserver.Conflict):
+                body.write(other[200:300])
+        for low, high in thirds(900):
+            done = put(self.store, other, low, high).done
+        self.assertEqual(self.files()[done.relative_path], other)
+
     def test_notes_end_after_two_minutes_of_silence(self) -> None:
         for low, high in thirds(900):
             put(self.store, self.data, low, high)
