@@ -2574,7 +2574,7 @@ class Store:
 
     def _finish_deferred(self, upload: Upload, fields: Mapping[str, str]) -> None:
         try:
-            with _explained(), self.entered(upload) as ledger:
+            with self.entered(upload) as ledger:
                 if ledger is None or ledger.finished or not ledger.is_complete:
                     return
                 progress = self.settle(ledger, None, fields)
@@ -2583,7 +2583,7 @@ class Store:
                 self.conclude(ledger, progress)
             finally:
                 self.release(ledger)
-        except FlowError as error:  # the next chunk, or the sweep, tries again
+        except (FlowError, OSError) as error:  # the next chunk, or the sweep, tries
             self.warnings.append(f"{upload.path} can't be finished yet: {error}")
 
     def _may_finish(

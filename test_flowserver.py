@@ -2242,6 +2242,24 @@ class StoreTest(unittest.TestCase):
             put(self.store, another, low, high)
         self.assertEqual(self.files(), {"a.bin": self.data, "a (1).bin": another})
 
+    def test_trouble_with_an_end_that_waited_is_not_the_last_bodys(self) -> None:
+        put(self.store, self.data, 0, 300, "anna")
+        late = self.store.receive(upload_of(self.data), 0, 300, "carl")
+        late.write(self.data[:100])
+        put(self.store, self.data, 300, 900, "bert")
+        trouble = OSError(errno.EIO, "I/O error")
+        with mock.patch.object(self.store, "conclude", side_effect=trouble):
+            late.close()
+        self.assertEqual(len(self.store.warnings), 1)
+        self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def test_private_file_that_could_not_be_made_is_forgotten(self) -> None:
+        trouble = OSError(errno.EMFILE, "too many open files")
+        with mock.patch.object(self.store.disk, "open", side_effect=trouble):
+            with self.assertRaises(OSError):
+                self.store.process.new_part()
+        self.assertEqual(self.store.process._parts, set())
+
     def test_end_that_waited_comes_although_the_last_body_knew_one_sender(self) -> None:
         """This process has not read yet that a second one has sent bytes."""
         other = self.open()
