@@ -90,6 +90,7 @@ import logging.handlers
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import stat
@@ -1156,11 +1157,13 @@ class Disk:
         """Return when the file's bytes are on the disk, whatever the power does."""
         if not self.sync:
             return
-        full = _full_flush()
-        if full is None:
-            (getattr(os, "fdatasync", None) or os.fsync)(fd)
-        else:  # macOS: fsync leaves the bytes in the drive's cache
-            full(fd)
+        if sys.platform == "darwin":  # fsync leaves the bytes in the drive's cache
+            import fcntl
+
+            with contextlib.suppress(OSError):  # not every file system has it
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+                return
+        (getattr(os, "fdatasync", None) or os.fsync)(fd)
 
     def stat(self, fd: int) -> os.stat_result:
         """Return what is known of an open file."""
@@ -1255,11 +1258,6 @@ class Disk:
 
     def free_space(self, path: str) -> int:
         """Return the bytes that can still be written."""
-        if hasattr(os, "statvfs"):
-            figures = os.statvfs(path)
-            return figures.f_bavail * figures.f_frsize
-        import shutil
-
         return shutil.disk_usage(path).free
 
     def boot_id(self) -> str:
@@ -1328,21 +1326,6 @@ def _windows_lock() -> Callable[[int, bool, bool], bool]:
                 time.sleep(0.002)
 
     return lock
-
-
-def _full_flush() -> Optional[Callable[[int], None]]:
-    """Return macOS's flush through the drive's cache; None on other systems."""
-    if sys.platform != "darwin":
-        return None
-    import fcntl
-
-    def flush(fd: int) -> None:
-        try:
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-        except OSError:  # not every file system has it
-            os.fsync(fd)
-
-    return flush
 
 
 def _patiently(call: Callable[..., None], *arguments: str) -> None:
