@@ -1643,6 +1643,8 @@ _SENTENCES = {
     errno.EROFS: "The upload folder is read-only at the moment.",
     errno.EACCES: "The server may not write to the upload folder.",
     errno.EPERM: "The server may not write to the upload folder.",
+    errno.EEXIST: "A file is where a folder should be.",
+    errno.ENOTDIR: "A file is where a folder should be.",
     errno.ENOENT: "The upload folder is gone (is its disk mounted?).",
     errno.EMFILE: "The server has too many open files at the moment.",
     errno.ENFILE: "The machine has too many open files at the moment.",
@@ -2493,10 +2495,12 @@ class Store:
         path = self._path(key + ".busy")
         while True:
             fd = self.disk.open(path, os.O_RDWR | os.O_CREAT)
-            self.disk.share_lock(fd)
-            if self.disk.stat(fd).st_nlink:
-                return fd
-            self.disk.close(fd)  # removed by the last of the others before it was ours
+            with contextlib.ExitStack() as undo:
+                undo.callback(self.disk.close, fd)
+                self.disk.share_lock(fd)
+                if self.disk.stat(fd).st_nlink:  # not removed before it was ours
+                    undo.pop_all()
+                    return fd
 
     def _unlink_busy(self, key: str) -> None:
         """Remove <key>.busy unless a process has bodies of the upload under way.

@@ -2290,6 +2290,23 @@ class StoreTest(unittest.TestCase):
         self.assertTrue(store.forget(upload_of(self.data, "b.bin"), "anna"))
         self.assertEqual((self.files(), store.open_uploads), ({"a.bin": self.data}, 0))
 
+    def test_busy_file_that_can_not_be_locked_is_closed(self) -> None:
+        disk = self.store.disk
+        if not disk.shares_locks:
+            self.skipTest("needs locks that can be shared")
+        close, closed = disk.close, []
+
+        def note(fd: int) -> None:
+            closed.append(fd)
+            close(fd)
+
+        trouble = OSError(errno.ENOLCK, "no locks available")
+        with mock.patch.object(disk, "share_lock", side_effect=trouble):
+            with mock.patch.object(disk, "close", note):
+                with self.assertRaises(flowserver.Trouble):
+                    put(self.store, self.data, 0, 300)
+        self.assertEqual(len(closed), 1)
+
     def test_part_that_could_not_be_made_is_not_remembered(self) -> None:
         with mock.patch.object(self.store.disk, "open", side_effect=OSError(24, "")):
             with self.assertRaises(OSError):
