@@ -1730,11 +1730,12 @@ class _Process:
         for name in names:
             if name.endswith((".live", ".part")) and name not in self._parts:
                 token = re.split("[-.]", name)[0]
-                if token not in alive:
-                    alive[token] = self.is_alive(token)
-                is_left = token == self._token and name.endswith(".part")
-                if is_left or not alive[token]:
-                    self._disk.unlink(self._path(name))
+                with contextlib.suppress(OSError):  # the next sweep tries again
+                    if token not in alive:
+                        alive[token] = self.is_alive(token)
+                    is_left = token == self._token and name.endswith(".part")
+                    if is_left or not alive[token]:
+                        self._disk.unlink(self._path(name))
 
     def close(self) -> None:
         """Give the token back."""

@@ -2488,6 +2488,30 @@ class StoreTest(unittest.TestCase):
         left = [name for name in os.listdir(state) if not name.endswith(".live")]
         self.assertEqual((left, self.store.open_uploads), ([], 0))
 
+    def test_part_that_can_not_be_removed_stops_no_start(self) -> None:
+        for name in ("0-1.part", "0-2.part", "1.live"):
+            with open(os.path.join(self.store.state_dir, name), "wb"):
+                pass
+        disk = self.store.disk
+        unlink = disk.unlink
+
+        def refuse(path: str) -> None:
+            if path.endswith("0-1.part"):
+                raise PermissionError(errno.EACCES, "is open", path)
+            unlink(path)
+
+        with mock.patch.object(disk, "unlink", refuse):
+            self.store.sweep(1e9, 1e9)
+        left = os.listdir(self.store.state_dir)
+        self.assertIn("0-1.part", left)
+        self.assertNotIn("0-2.part", left)
+
+    def test_trouble_with_looking_is_a_sentence(self) -> None:
+        trouble = OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        with mock.patch.object(self.store.disk, "stat_path", side_effect=trouble):
+            with self.assertRaises(flowserver.Trouble):
+                self.store.knows(upload_of(self.data))
+
     def test_receipts_end_and_files_stay(self) -> None:
         for low, high in thirds(900):
             put(self.store, self.data, low, high)
