@@ -88,6 +88,7 @@ import json
 import logging
 import logging.handlers
 import os
+import queue
 import re
 import secrets
 import shutil
@@ -5871,18 +5872,21 @@ def _raise_descriptor_limit() -> None:
 
 
 def _serve(server: FlowServer) -> int:
-    stop = threading.Event()
+    # An Event would wait for ever when the signal comes while wait() holds its lock.
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: stop.set())
+            signal.signal(getattr(signal, name), lambda number, _: signals.put(number))
     server.start()
     print(f"flowserver {__version__}: open {server.url}/ in a browser", flush=True)
     for address in _other_addresses(server):
         print(f"also reachable as {address}/", flush=True)
     print(f"files go to {server.app.store.upload_dir}", flush=True)
     _warn_if_open(server)
-    while not stop.wait(0.5 if os.name == "nt" else None):
-        pass  # Windows wakes no waiting thread for a signal
+    is_ended = False
+    while not is_ended:  # no signal ends a wait that it came just before, or on Windows
+        with contextlib.suppress(queue.Empty):
+            is_ended = signals.get(timeout=0.5) > 0
     server.stop()
     return 0
 

@@ -5772,6 +5772,27 @@ class InProcessTest(InFolder):
         self.assertEqual(second, f"files go to {self.uploads}")
         self.assertEqual(finished_files(self.uploads), {"a": noise(5)})
 
+    def test_signal_ends_it_wherever_it_comes(self) -> None:
+        """threading.Event would wait for ever when one comes while it has its lock."""
+        program = """if True:
+            import signal, sys, flowserver
+            def trace(*_):
+                global left
+                left -= 1
+                if left == 0:
+                    signal.raise_signal(signal.SIGTERM)
+                return trace
+            def warned(server):  # the last that is done before the wait
+                sys.settrace(trace)
+                sys._getframe(1).f_trace = trace
+            left = int(sys.argv[1])
+            flowserver._warn_if_open = warned
+            sys.exit(flowserver.main(sys.argv[2:]))
+            """
+        for moment in (5, 8, 11):
+            how = {"cwd": os.path.dirname(FILE), "check": True}
+            python("-c", program, str(moment), *self.flags, **how)
+
     def test_every_address_is_told_and_a_public_one_is_warned_of(self) -> None:
         entries = [
             (0, 0, 0, "", (host, 0))
