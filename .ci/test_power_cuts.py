@@ -597,6 +597,21 @@ def life_with_a_folder_removed(life: Life) -> None:
     life.send(store, File("d/second.bin", OTHER, CHUNK))
 
 
+def life_of_an_attempt_after_the_end(life: Life) -> None:
+    """Its file is finished by the first attempt, and moved away: it begins anew."""
+    store, file = life.store(), File("d/first.bin", OLD, CHUNK)
+    for number in range(1, file.count):
+        life.chunk(store, file, number)
+    first, second = (life.begin(store, file, file.count) for _ in "12")
+    body = file.body(file.count)
+    first.write(body[:700])
+    second.write(body)
+    first.write(body[700:])
+    life.end(first, file, file.count)
+    life.trace.remove_folder("d")
+    life.end(second, file, file.count)
+
+
 def life_with_replacement(life: Life) -> None:
     life.settings = {"on_conflict": "replace"}
     store = life.store()
@@ -678,6 +693,7 @@ LIVES: tuple[Callable[[Life], None], ...] = (
     life_of_a_lost_answer,
     life_beside_a_copy,
     life_with_a_folder_removed,
+    life_of_an_attempt_after_the_end,
     life_with_replacement,
     life_without_links,
     life_killed_after_the_name,
@@ -715,6 +731,8 @@ class Aftermath:
     def _hear(self, kind: str, *rest: Any) -> None:
         if kind == "answered":
             file, number, path = rest
+            if self.complete.get(file) in self.removed:  # it is sent once more
+                del self.complete[file], self.answered[file]
             self.answered.setdefault(file, set()).add(number)
             # A changed file's first chunks get the answer of the finished one.
             if path and len(self.answered[file]) == file.count:
@@ -792,8 +810,9 @@ class Aftermath:
         if file not in self.complete:
             told = self.answered.get(file, set()) if way == "remembers" else set()
             return set(range(1, file.count + 1)) - told
-        is_gone = self.complete[file] in self.removed or bool(self.life.settings)
-        is_over = is_gone or CHANGED in self.life.files  # that one follows at once
+        if self.complete[file] in self.removed:  # it is sent once more
+            return set(range(1, file.count + 1))
+        is_over = self.life.settings or CHANGED in self.life.files  # that one follows
         return {file.count} if way == "repeats" and not is_over else set()
 
     def _send(self, store: Any, file: File, numbers: set[int], way: str) -> Any:
@@ -818,8 +837,6 @@ class Aftermath:
                     found.get(path) == data, f"{path} was changed after its end"
                 )
         for file in files:
-            if self.complete.get(file) in self.removed and file in self.complete:
-                continue
             copies = [path for path, data in found.items() if data == file.data]
             same = {one.path for one in files if one.data == file.data}
             rivals = {one for one in files if one.path == file.path}
