@@ -107,6 +107,7 @@ import zlib
 from typing import (
     Any,
     Callable,
+    Deque,
     Dict,
     Generic,
     Iterable,
@@ -984,7 +985,7 @@ def status_of(error: FlowError, dialect: Optional[Dialect]) -> int:
 
 # Names.  The rules of all systems hold on every system, so that a folder can move.
 _UNSAFE = re.compile(
-    '[\x00-\x1f\x7f-\x9f<>:"|?*'
+    '[\x00-\x1f\x7f-\x9f<>:"|?*\ud800-\udfff'
     "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb]"
 )
 _RESERVED = re.compile(
@@ -1083,6 +1084,8 @@ BLOCK_SIZE = 256 * 1024
 _IDLE_LEDGERS = 64  # kept open between the chunks of their uploads
 _NOTE_SECONDS = 120  # what comes again after this long is no retry: a new sending
 _OUT_OF_ORDER_SECONDS = 10  # chunks of one sending may overtake the first one by this
+_LONG_RECEIPT_SIZE = 4 << 20  # bytes; such a one is kept for a shorter time
+_LONG_RECEIPT_SECONDS = 3600
 _QUIET_SECONDS = 120  # after this long whoever had another version has given up
 
 
@@ -1504,6 +1507,11 @@ class _Ledger:
     def is_complete(self) -> bool:
         """Whether every byte is recorded."""
         return self.ranges.total == self.upload.size
+
+    @property
+    def is_sent_again(self) -> bool:
+        """Whether somebody is in the middle of sending the finished file once more."""
+        return any(n.total < self.upload.size for n in self.noted.values())
 
     @property
     def is_one_version(self) -> bool:
@@ -1939,7 +1947,7 @@ class Store:
         self.announce = announce
         self.clock = clock
         self.open_uploads = 0
-        self.warnings: List[str] = []
+        self.warnings: Deque[str] = collections.deque(maxlen=1000)  # for the log
         self.state_dir = os.path.join(self.temp_dir, "v1")
         self.process = _Process(self.disk, self.state_dir)
         self.publisher = _Publisher(
@@ -2172,6 +2180,7 @@ class Store:
             self._pid = os.getpid()
             for kept in (self._ledgers, self._idle, self._bodies, self._deferred):
                 kept.clear()
+            self._announcing.clear()
             self._busy_fds.clear()
 
     def _close_data(self, ledger: _Ledger) -> None:
@@ -2330,7 +2339,11 @@ class Store:
                 return ledger.published_fd
             if ledger.finished:
                 path = self.publisher.path(ledger.finished.path)
-                ledger.data_fd = self.disk.open(path, os.O_RDONLY)
+                try:
+                    ledger.data_fd = self.disk.open(path, os.O_RDONLY)
+                except FileNotFoundError as error:
+                    sentence = "The finished file is gone; send this chunk once more."
+                    raise Trouble(sentence) from error
             else:
                 ledger.data_fd = self.disk.open(self.data_path(ledger), os.O_RDWR)
         return ledger.data_fd
@@ -2815,9 +2828,13 @@ class Store:
         self, ledger: _Ledger, stale_after: float, keep_receipts: float
     ) -> None:
         """Do what a ledger needs."""
-        age = self.clock() - self.disk.stat(ledger.fd).st_mtime
+        status = self.disk.stat(ledger.fd)
+        age = self.clock() - status.st_mtime
         if ledger.finished:
             self._discard(self.data_path(ledger))
+            # A file that is sent again every night would lengthen its ledger for ever.
+            if status.st_size > _LONG_RECEIPT_SIZE and not ledger.is_sent_again:
+                keep_receipts = min(keep_receipts, _LONG_RECEIPT_SECONDS)
             if age > keep_receipts and ledger.users == 1:
                 if ledger.is_announced or not self.announce:
                     self.drop(ledger)
@@ -4234,9 +4251,9 @@ class UploadApp:
         self._swept = self._counted = self._clock()
         stale_after = self.settings.stale_after or float("inf")
         self.store.sweep(stale_after, self.settings.keep_receipts)
-        warnings, self.store.warnings = self.store.warnings, []
-        for warning in warnings:
-            self.log.warning("%s", warning)
+        with contextlib.suppress(IndexError):  # that was the last one
+            while True:
+                self.log.warning("%s", self.store.warnings.popleft())
 
     def tidy(self) -> None:
         """Sweep and count what is due; to be called every ten seconds or so.

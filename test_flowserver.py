@@ -1614,6 +1614,7 @@ class NameTest(unittest.TestCase):
             "\u202egpj.exe": "_gpj.exe",
             "a\u2066b\u2069\ufeff": "a_b__",
             "\u200fa\u2028": "_a_",
+            "a\udcff\ud800": "a__",  # of place(): no file system takes the second one
         }
         for name, safe in cases.items():
             with self.subTest(ascii(name)):
@@ -2520,6 +2521,42 @@ class StoreTest(unittest.TestCase):
         self.assertTrue(self.store.knows(upload_of(self.data)))
         self.store.sweep(10, 10)
         self.assertFalse(self.store.knows(upload_of(self.data)))
+        self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def test_long_receipt_ends_sooner_but_not_in_the_middle_of_a_sending(self) -> None:
+        """Else a file that is sent again every night would have one without an end."""
+        upload = upload_of(self.data)
+        for low, high in thirds(900) * 2:
+            put(self.store, self.data, low, high)
+        with mock.patch.object(flowserver, "_LONG_RECEIPT_SIZE", 400):
+            self.now = time.time() + 3000
+            self.store.sweep(1e6, 1e6)
+            self.assertTrue(self.store.knows(upload))
+            self.now += 700
+            put(self.store, self.data, 0, 300)
+            self.store.sweep(1e6, 1e6)
+            self.assertTrue(self.store.knows(upload))
+            for low, high in thirds(900)[1:]:
+                put(self.store, self.data, low, high)
+            self.store.sweep(1e6, 1e6)
+            self.assertFalse(self.store.knows(upload))
+        for low, high in thirds(900):
+            put(self.store, self.data, low, high)
+        self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def test_chunk_of_a_file_that_another_process_ended_and_lost_may_come_again(
+        self,
+    ) -> None:
+        for low, high in thirds(900)[:2]:
+            put(self.store, self.data, low, high)
+        other = self.open()
+        put(other, self.data, 0, 300)
+        with other.receive(upload_of(self.data), 0, 300, "anna") as body:
+            os.unlink(put(self.store, self.data, 600, 900).done.path)
+            with self.assertRaisesRegex(flowserver.Trouble, "once more"):
+                body.write(self.data[:300])
+        for low, high in thirds(900):
+            put(other, self.data, low, high)
         self.assertEqual(self.files(), {"a.bin": self.data})
 
     def test_policies(self) -> None:
