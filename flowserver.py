@@ -1492,7 +1492,8 @@ class _Ledger:
         self.began: float = values.get("time", 0.0)
         self.ranges = Ranges(values.get("ranges", ()))  # recorded
         self.sent: Dict[str, Ranges] = {}  # recorded or compared equal, by sender
-        self.refused = set(values.get("refused", ()))  # senders of another version
+        # Senders of another version, and where in the ledger that is said.
+        self.refused = dict.fromkeys(values.get("refused", ()), self.offset)
         # Whose bytes were forgotten with another's; they must begin once more.
         self.forgotten = set(values.get("forgotten", ()))
         self.cuts: Dict[str, Ranges] = {}  # of bodies that broke off, by sender
@@ -1568,7 +1569,7 @@ class _Ledger:
 
     def add_refused(self, sender: str) -> None:
         """A sender has another version."""
-        self.refused.add(sender)
+        self.refused[sender] = self.offset
 
     def add_cut(self, start: int, end: int, sender: str) -> None:
         """A body broke off: nobody knows whether it was of this version."""
@@ -2322,7 +2323,7 @@ class Store:
         # Whoever sent the finished file may still be at it: that is another version.
         others = set(ledger.notes)
         if not self._is_quiet(ledger):
-            others |= ledger.refused | set(ledger.sent)
+            others |= {*ledger.refused, *ledger.sent}
         self._open_upload(ledger, upload, sender, ranges, generation, others - {sender})
 
     def _copy(self, source: int, target: int, start: int, end: int) -> None:
@@ -2442,13 +2443,14 @@ class Store:
         finished only when somebody has sent all of it.
         """
         others = set(ledger.sent) - {body.sender}
-        if not ledger.finished and not others and not is_late:
+        if not others and not ledger.finished and not is_late:
             self.drop(ledger)
-        elif not ledger.finished and others:
-            if ledger.is_contested and self._is_quiet(ledger):
-                self._forget_all(ledger, body.sender)
-            elif body.sender not in ledger.refused:
-                self.append(ledger, _ledger_line("refused", body.sender))
+        elif others and ledger.finished:
+            self.append(ledger, _ledger_line("refused", body.sender))
+        elif others and ledger.is_contested and self._is_quiet(ledger):
+            self._forget_all(ledger, body.sender)
+        elif others and body.sender not in ledger.refused:
+            self.append(ledger, _ledger_line("refused", body.sender))
         raise _different()
 
     def _forget_all(self, ledger: _Ledger, sender: str) -> None:
@@ -2472,6 +2474,9 @@ class Store:
             raise _cancelled()
         if body.sender in ledger.refused and not body.is_whole and not ledger.finished:
             self.refuse_difference(ledger, body, is_late=True)
+        if body.generation not in ("", ledger.generation):
+            if body.sender != ledger.opener and not body.is_whole:
+                raise _cancelled()  # it began before somebody sent a new version
 
     def _is_quiet(self, ledger: _Ledger) -> bool:
         """Whether nobody has stored anything for so long that all have given up."""
@@ -2938,12 +2943,17 @@ class Receiving:
         self.start = start
         self.end = end
         self.sender = sender
+        self.generation = ""  # that it began with
+        self.offset = 0  # of the ledger's lines that there were then
         self._is_committed = False
         with contextlib.ExitStack() as undo:
             store.join(self)
             undo.callback(store.leave, self)
             self._way = self._remembered_way() or self._find_way()
             undo.pop_all()
+        if self._way.ledger_or_none:
+            self.generation = self._way.generation
+            self.offset = self._way.ledger.offset
 
     def __enter__(self) -> Receiving:
         return self
@@ -3279,6 +3289,8 @@ class _Aside(_Way):
         """Bring the bytes into the upload; under the lock."""
         body, store = self.body, self.store
         if ledger.finished and self._is_new_version(ledger):
+            if ledger.refused.get(body.sender, -1) > body.offset and not body.is_whole:
+                raise _different()  # its other chunks were refused meanwhile
             if not store.is_intact(ledger):
                 store.require_sure_notes(ledger, body, is_sure=False)
             store.begin_afresh(ledger, body.upload, body.sender, _noted(body, ledger))

@@ -2559,6 +2559,44 @@ class StoreTest(unittest.TestCase):
             put(other, self.data, low, high)
         self.assertEqual(self.files(), {"a.bin": self.data})
 
+    def test_body_from_before_a_new_version_is_no_part_of_it(self) -> None:
+        other = noise(900, 2)
+        put(self.store, self.data, 0, 450)
+        put(self.store, self.data, 450, 900)
+        with self.store.receive(upload_of(self.data), 0, 450, "anna") as body:
+            body.write(self.data[:100])
+            self.now = time.time() + 200
+            put(self.store, other, 450, 900, "bert")
+            body.write(self.data[100:450])
+            with self.assertRaises(flowserver.Conflict):
+                body.commit()
+        self.assertIsNotNone(put(self.store, other, 0, 450, "bert").done)
+        self.assertEqual(self.files(), {"a.bin": self.data, "a (1).bin": other})
+
+    def test_what_was_under_way_when_its_sender_was_refused_begins_nothing(
+        self,
+    ) -> None:
+        upload, other = upload_of(self.data), noise(900, 2)
+        put(self.store, self.data, 300, 600, "bert")
+        put(self.store, self.data, 600, 900, "bert")
+        with self.store.receive(upload, 0, 300, "bert") as first:
+            first.write(self.data[:10])
+            with self.store.receive(upload, 0, 300, "anna") as second:
+                second.write(other[:300])
+                first.write(self.data[10:300])
+                self.assertIsNotNone(first.commit().done)
+                with self.store.receive(upload, 300, 900, "anna") as third:
+                    third.write(other[300:900])
+                    self.now = time.time() + 200
+                    for body in (second, third):
+                        with self.assertRaises(flowserver.Conflict):
+                            body.commit()
+        put(self.store, self.data, 0, 300, "bert")
+        self.assertEqual(self.files(), {"a.bin": self.data})
+        for low, high in thirds(900):
+            put(self.store, other, low, high, "anna")
+        self.assertEqual(self.files(), {"a.bin": self.data, "a (1).bin": other})
+
     def test_policies(self) -> None:
         for policy in ("rename", "replace", "refuse"):
             for ranges in ([(0, 900)], thirds(900)):
