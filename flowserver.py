@@ -2893,7 +2893,8 @@ _NO_LINKS = (
 
 def _followed(path: str) -> str:
     """Return the absolute path; what is a link itself is where it leads to."""
-    return os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path)
+    path = os.path.abspath(path)  # without the "/" after a link, which would hide it
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def _sender_hash(sender: str) -> str:

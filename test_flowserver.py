@@ -2657,9 +2657,9 @@ class StoreTest(unittest.TestCase):
         os.symlink("disk", os.path.join(root, "link"))
         os.symlink("disk/uploads", os.path.join(root, "uploads"))
         os.symlink("disk/temp", os.path.join(root, "temp"))
-        for temp in ("", "temp", "link/t"):
+        for temp in ("", "temp", "link/t", "temp/"):
             temp_dir = temp and os.path.join(root, temp)
-            upload_dir = os.path.join(root, "uploads")
+            upload_dir = os.path.join(root, "uploads" + "/" * temp.endswith("/"))
             with temporary_store(upload_dir=upload_dir, temp_dir=temp_dir) as store:
                 for low, high in thirds(900):
                     put(store, self.data, low, high, path="a.bin")
