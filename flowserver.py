@@ -2075,6 +2075,8 @@ class Store:
     def _make_folders(self) -> None:
         os.makedirs(self.upload_dir, exist_ok=True)
         for path in (self.temp_dir, self.state_dir):
+            if os.path.exists(path) and os.path.samefile(path, self.upload_dir):
+                raise Trouble("Clients could replace what is in temp_dir.")
             try:
                 self.disk.make_folder(path, 0o700)
             except OSError as error:
@@ -4248,7 +4250,6 @@ class UploadApp:
         self._has_warned_of_proxy = False
         self._clock = clock
         _require_apart(self.settings)
-        self._avoided = os.path.basename(self.settings.temp_dir) or ".flowserver"
         self._free_space = (0, -1e9)  # bytes, and when they were counted
         self.store = store or Store(
             self.settings.upload_dir,
@@ -4257,6 +4258,7 @@ class UploadApp:
             Disk(self.settings.sync),
             self._completed if on_complete else None,
         )
+        self._avoided = os.path.basename(self.store.temp_dir)
         self.sweep()
 
     def sweep(self) -> None:

@@ -3559,6 +3559,25 @@ class RefusalTest(unittest.TestCase):
                 self.assertEqual({n for n in made if n.startswith("x")}, set())
                 self.assertEqual(os.listdir(temp_dir), ["v1"])
 
+    @unittest.skipUnless(hasattr(os, "symlink") and os.name == "posix", "needs POSIX")
+    def test_temp_folder_takes_no_file_however_it_is_written(self) -> None:
+        """Its name is that of the folder on disk: a forged ledger leads anywhere."""
+        for written in ("up/state/", "up/state/.", "link", "link/"):
+            with self.subTest(written), temporary_folder() as folder:
+                os.makedirs(folder + "/up/state")
+                os.symlink("up/state", folder + "/link")
+                temp_dir = os.path.join(folder, written)
+                with application(upload_dir=folder + "/up", temp_dir=temp_dir) as app:
+                    answer = send(app, *browser("state/v1/x.ledger", b"x"))
+                    self.assertEqual(answer.json["path"], "_state/v1/x.ledger")
+
+    def test_temp_folder_is_not_the_upload_folder(self) -> None:
+        with temporary_folder() as folder:
+            for upload_dir in (folder, os.path.join(folder, "v1")):
+                os.makedirs(upload_dir, exist_ok=True)
+                with self.assertRaisesRegex(flowserver.Trouble, "temp_dir"):
+                    UploadApp(Settings(upload_dir=upload_dir, temp_dir=folder))
+
     def test_files_of_ours_do_not_lie_where_clients_put_theirs(self) -> None:
         for name in (
             "users_file",
