@@ -284,7 +284,9 @@ def _list_of(pattern: str, example: str) -> Callable[[str], Tuple[str, ...]]:
     return read
 
 
-_origins = _list_of(r"\*|null|[^:/]+://[^/]+", "origins such as https://example.com")
+# Pages of applications come from file://.
+_origin = r"\*|null|file://|[^:/]+://[^/]+"
+_origins = _list_of(_origin, "origins such as https://example.com")
 _hosts = _list_of(r"([^:/]+|\[[^/]+\])(:[0-9]+)?", "host names such as example.com")
 
 
@@ -4434,7 +4436,7 @@ class UploadApp:
         """Refuse what a page of another site makes a visitor's browser send."""
         origin, named = request.headers.get("origin", ""), self.settings.allow_origins
         own = f"{request.scheme}://{_seen_host(request)}"
-        if not origin or origin in named or origin.lower() == own.lower():
+        if not origin or origin.lower() in (own.lower(), *named):
             return
         # Whom "*" lets in must not come with the password that a browser remembers.
         headers = request.headers
@@ -4473,7 +4475,7 @@ class UploadApp:
             return response
         headers = response.headers + (("Vary", "Origin"),)
         origin = request.headers.get("origin", "")
-        if origin in self.settings.allow_origins:
+        if origin.lower() in self.settings.allow_origins:
             headers += (("Access-Control-Allow-Origin", origin),)
             headers += (("Access-Control-Allow-Credentials", "true"),)
         elif origin and "*" in self.settings.allow_origins:

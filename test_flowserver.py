@@ -4245,6 +4245,11 @@ class OriginTest(unittest.TestCase):
                 self.assertEqual(self.post(app, **headers).status, 200)
 
     def test_allowed_origins_may_upload_and_read_the_answer(self) -> None:
+        for origin in ("https://Page.example", "file://", "null"):
+            with application(allow_origins=[origin]) as app:
+                answer = self.post(app, Origin=origin, Host="a.example")
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(answer.headers["access-control-allow-origin"], origin)
         origin = "https://page.example"
         with application(allow_origins=[origin]) as app:
             answer = self.post(app, Origin=origin, Host="a.example")
