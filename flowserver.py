@@ -1086,7 +1086,7 @@ BLOCK_SIZE = 256 * 1024
 _IDLE_LEDGERS = 64  # kept open between the chunks of their uploads
 _NOTE_SECONDS = 120  # what comes again after this long is no retry: a new sending
 _OUT_OF_ORDER_SECONDS = 10  # chunks of one sending may overtake the first one by this
-_LONG_RECEIPT_SIZE = 4 << 20  # bytes; such a one is kept for a shorter time
+_LONG_RECEIPT_SIZE = 4 << 20  # bytes beside those of the upload itself: not kept long
 _LONG_RECEIPT_SECONDS = 3600
 _QUIET_SECONDS = 120  # after this long whoever had another version has given up
 
@@ -1486,6 +1486,7 @@ class _Ledger:
     def begin(self, values: Mapping[str, Any]) -> None:
         """A new upload begins, with `ranges` taken over from the finished one."""
         self.retire_data()
+        self.begun, self.own_size = self.offset, 0  # of its lines until it is finished
         self.published_fd: Optional[int] = None  # of the finished file, if it is open
         self.upload = Upload(*values.get("upload", [self.key, "", -1]))
         self.generation: str = values.get("generation", "")
@@ -1511,10 +1512,12 @@ class _Ledger:
         """Whether every byte is recorded."""
         return self.ranges.total == self.upload.size
 
-    @property
-    def is_sent_again(self) -> bool:
+    def is_sent_again(self, since: float) -> bool:
         """Whether somebody is in the middle of sending the finished file once more."""
-        return any(n.total < self.upload.size for n in self.noted.values())
+        return any(
+            notes[-1].time > since and self.noted[sender].total < self.upload.size
+            for sender, notes in self.notes.items()
+        )
 
     @property
     def is_one_version(self) -> bool:
@@ -1585,6 +1588,7 @@ class _Ledger:
         """The file has its name."""
         self.finished = _Finished(**dict(values, last=tuple(values["last"])))
         self.is_announced = not self.finished.token
+        self.own_size = self.offset - self.begun
         self.published_fd = self.data_fd
         self.retire_data()  # nobody may take it for what can be written to
 
@@ -2842,8 +2846,9 @@ class Store:
         if ledger.finished:
             self._discard(self.data_path(ledger))
             # A file that is sent again every night would lengthen its ledger for ever.
-            if status.st_size > _LONG_RECEIPT_SIZE and not ledger.is_sent_again:
-                keep_receipts = min(keep_receipts, _LONG_RECEIPT_SECONDS)
+            if status.st_size - ledger.own_size > _LONG_RECEIPT_SIZE:
+                if not ledger.is_sent_again(self.clock() - keep_receipts):
+                    keep_receipts = min(keep_receipts, _LONG_RECEIPT_SECONDS)
             if age > keep_receipts and ledger.users == 1:
                 if ledger.is_announced or not self.announce:
                     self.drop(ledger)

@@ -2544,6 +2544,29 @@ class StoreTest(unittest.TestCase):
             put(self.store, self.data, low, high)
         self.assertEqual(self.files(), {"a.bin": self.data})
 
+    def test_receipt_of_a_file_of_many_chunks_is_kept_as_long_as_others(self) -> None:
+        for low in range(0, 900, 50):
+            put(self.store, self.data, low, low + 50)
+        with mock.patch.object(flowserver, "_LONG_RECEIPT_SIZE", 400):
+            self.now = time.time() + 4000
+            self.store.sweep(1e6, 1e6)
+            self.assertTrue(self.store.knows(upload_of(self.data)))
+
+    def test_sending_that_was_given_up_keeps_no_long_receipt(self) -> None:
+        self.now = time.time()
+        put(self.store, self.data, 0, 450)
+        for sender in ("gone", "anna"):
+            put(self.store, self.data, 450, 900, sender)
+            put(self.store, self.data, 0, 450, sender)
+        put(self.store, self.data, 0, 450, "gone")
+        path = os.path.join(self.store.state_dir, f"{upload_of(self.data).key}.ledger")
+        with mock.patch.object(flowserver, "_LONG_RECEIPT_SIZE", 400):
+            for seconds, is_kept in ((4000, True), (90000, True), (100000, False)):
+                self.now = time.time() + seconds
+                os.utime(path, (self.now - 4000, self.now - 4000))  # anna's, maybe
+                self.store.sweep(1e6, 95000)
+                self.assertIs(self.store.knows(upload_of(self.data)), is_kept)
+
     def test_chunk_of_a_file_that_another_process_ended_and_lost_may_come_again(
         self,
     ) -> None:
