@@ -4265,7 +4265,8 @@ class UploadApp:
             Disk(self.settings.sync),
             self._completed if on_complete else None,
         )
-        self._avoided = os.path.basename(self.store.temp_dir)
+        name = os.path.basename(self.store.temp_dir)
+        self._avoided = unicodedata.normalize("NFC", name)  # as those of clients are
         self.sweep()
 
     def sweep(self) -> None:

@@ -3594,6 +3594,15 @@ class RefusalTest(unittest.TestCase):
                     answer = send(app, *browser("state/v1/x.ledger", b"x"))
                     self.assertEqual(answer.json["path"], "_state/v1/x.ledger")
 
+    def test_temp_folder_of_letters_in_two_parts_takes_no_file(self) -> None:
+        """macOS takes both ways of writing them for one name."""
+        with temporary_folder() as folder:
+            temp_dir = folder + "/up/e\u0301"
+            os.mkdir(folder + "/up")
+            with application(upload_dir=folder + "/up", temp_dir=temp_dir) as app:
+                answer = send(app, *browser("e\u0301/v1/x.ledger", b"x"))
+                self.assertEqual(answer.json["path"], "_\u00e9/v1/x.ledger")
+
     def test_temp_folder_is_not_the_upload_folder(self) -> None:
         with temporary_folder() as folder:
             for upload_dir in (folder, os.path.join(folder, "v1")):
