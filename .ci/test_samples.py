@@ -328,6 +328,20 @@ class DoubtfulServerTest(ClientCase):
         self.upload(forget_one, size)
         return len(posts)
 
+    def test_a_file_that_is_changed_while_its_last_chunk_travels(self) -> None:
+        (path,) = write_files(self.source, {"file.bin": bytes(32 * MIB)})
+
+        def change_it(request: Any, call: int, really: Any) -> Any:
+            with open(path, "r+b") as file:  # the client is far from the end of it
+                file.seek(31 * MIB)
+                file.write(b"another version")
+            return really()
+
+        with doubtful_server(self.home, change_it) as url:
+            said = self.send("--chunk-size", "32M", path, url=url, status=1)
+        self.assertIn("file.bin: the file was changed while it was sent\n", said)
+        self.assertFalse((self.home / "file.bin").exists(), "a mixed file")
+
     def test_without_the_word_complete_the_server_is_asked(self) -> None:
         methods = []
 

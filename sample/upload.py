@@ -288,15 +288,17 @@ class Chunk(NamedTuple):
         left = self.size
         try:
             with open(self.upload.path, "rb") as file:
-                self.upload.check(os.fstat(file.fileno()))
+                number = file.fileno()
+                self.upload.check(os.fstat(number))
                 file.seek(self.start)
                 while left > 0:
                     block = file.read(min(left, BLOCK_SIZE))
                     if not block:
                         raise Refused("the file became shorter while it was sent")
                     left -= len(block)
+                    if not left:  # without its last block, the chunk is not stored
+                        self.upload.check(os.fstat(number))
                     yield block
-                self.upload.check(os.fstat(file.fileno()))
         except OSError as error:
             raise Refused(f"can't be read: {error.strerror}") from error
 
