@@ -342,6 +342,24 @@ class DoubtfulServerTest(ClientCase):
         self.assertIn("file.bin: the file was changed while it was sent\n", said)
         self.assertFalse((self.home / "file.bin").exists(), "a mixed file")
 
+    def test_a_small_file_is_remembered_by_its_name_there_and_its_server(self) -> None:
+        """Sent once in its folder and once alone, and to another address: all arrive."""
+        (path,) = write_files(self.source, {"album/file.bin": b"one"})
+        arguments = ("--parallel", 1, path.parent, path)
+        error = {"success": False, "error": "No."}
+
+        def refuse_the_second(request: Any, call: int, really: Any) -> Any:
+            return answer(request, 413, error) if call == 2 else really()
+
+        with doubtful_server(self.home, refuse_the_second) as url:
+            self.send(*arguments, url=url, status=1)
+            elsewhere = ("--upload-path", "elsewhere", *arguments)
+            said = self.send(*elsewhere, url=url, status=1)
+            self.assertIn("0 of 2 files are there\n", said)
+            self.send(*arguments, url=url)
+        self.assertEqual((self.home / "album" / "file.bin").read_bytes(), b"one")
+        self.assertEqual((self.home / "file.bin").read_bytes(), b"one")
+
     def test_without_the_word_complete_the_server_is_asked(self) -> None:
         methods = []
 

@@ -327,7 +327,7 @@ class Upload:
 
     @property
     def key(self) -> str:
-        return f"{self._identifier} {self.size}"
+        return json.dumps([self._identifier, self.size, self.name])
 
     def check(self, found: os.stat_result) -> None:
         if (found.st_size, found.st_mtime_ns) != (self.size, self._modified):
@@ -424,7 +424,7 @@ class Journal:
         self.keys = set(self._read())
 
     def _read(self) -> List[str]:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             if time.time() - os.stat(self._path).st_mtime > JOURNAL_SECONDS:
                 os.unlink(self._path)
             with open(self._path, encoding="ascii") as file:
@@ -633,7 +633,8 @@ def collect(options: argparse.Namespace, secret: str) -> Tuple[List[Upload], int
 def run(options: argparse.Namespace) -> int:
     folder = state_folder()
     uploads, failed = collect(options, secret_of_this_user(folder))
-    journal = Journal(folder, [options.url, *map(os.path.abspath, options.paths)])
+    target = [options.url, options.upload_path]
+    journal = Journal(folder, target + [os.path.abspath(one) for one in options.paths])
     progress = Progress(sum(upload.size for upload in uploads))
     server = Server(options.url, options, progress)
     Sender(server, uploads, journal, progress).run(options.parallel)
