@@ -343,7 +343,7 @@ class DoubtfulServerTest(ClientCase):
         self.assertFalse((self.home / "file.bin").exists(), "a mixed file")
 
     def test_a_small_file_is_remembered_by_its_name_there_and_its_server(self) -> None:
-        """Sent once in its folder and once alone, and to another address: all arrive."""
+        """Sent in its folder and alone, and to another address: all arrive."""
         (path,) = write_files(self.source, {"album/file.bin": b"one"})
         arguments = ("--parallel", 1, path.parent, path)
         error = {"success": False, "error": "No."}

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import unittest
 import warnings
 import wsgiref.util
 import wsgiref.validate
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -742,6 +743,100 @@ class S3Test(VendoredCase):
         self.assert_delivered(files)
         self.assertEqual(self.s3.parts, 2)
         self.assertGreaterEqual(self.s3.failures, 6)
+
+    def test_nothing_is_stored_twice_although_every_answer_is_lost_once(self) -> None:
+        files = {NAME: noise(17 * MIB), "small.bin": b"x", "empty.txt": b""}
+        _, client = self.serve()
+        self.s3.forgets = True
+        for name, content in files.items():
+            client.upload(name, content, size=3 * MIB)
+        wait_for(lambda: not self.project.finished(), "an empty upload folder")
+        self.s3.forgets = False
+        self.assertEqual(sorted(self.s3.objects()), sorted(files))
+        self.assertGreaterEqual(self.s3.failures, 6)
+
+    def courier(self) -> tuple[Any, Callable[[str], str]]:
+        """A courier of this process, and how it delivers."""
+        sample = HERE.parent / "sample" / "to_s3.py"
+        spec = importlib.util.spec_from_file_location("to_s3", sample)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        courier = module.Courier(self.s3.client, self.s3.bucket)
+        store = module.flowserver.Store(str(self.project.folder / "uploads"))
+        self.addCleanup(store.close)
+        return courier, lambda path: courier.deliver(path, store)
+
+    def deliver_when_meanwhile(
+        self, happens: Callable[[str], object], content: bytes
+    ) -> str:
+        """Return why a file is not delivered when this happens on the way."""
+        courier, deliver = self.courier()
+        path = str(self.project.write("uploads/a.bin", ""))
+        Path(path).write_bytes(content)
+        really = courier._stored
+
+        def stored(key: str) -> Any:
+            courier._stored = really
+            happens(path)
+            return really(key)
+
+        courier._stored = stored
+        with self.assertRaises((RuntimeError, OSError)) as caught:
+            deliver(path)
+        return str(caught.exception)
+
+    def test_what_another_process_has_delivered_does_not_cost_the_next_file(
+        self,
+    ) -> None:
+        _, deliver = self.courier()
+
+        def another(path: str) -> None:
+            deliver(path)
+            Path(path).write_bytes(b"the next file of this name")
+
+        said = self.deliver_when_meanwhile(another, CONTENT)
+        self.assertEqual(said, "there is a newer one now")
+        self.assertEqual(self.s3.objects(), {"a.bin": CONTENT})
+        self.assert_stored({"a.bin": b"the next file of this name"})
+        self.deliver_when_meanwhile(deliver, b"gone")
+        self.assert_stored({})
+
+    def test_a_file_that_is_changed_while_it_is_sent_is_not_sent_mixed(self) -> None:
+        for content in (b"x", noise(17 * MIB)):
+
+            def change(path: str, changed: bytes = content[:-1] + b"y") -> None:
+                Path(path).write_bytes(changed)
+
+            said = self.deliver_when_meanwhile(change, content)
+            self.assertEqual(said, "it was changed meanwhile")
+            self.assertEqual((self.s3.objects(), self.s3.unfinished()), ({}, []))
+
+    def test_a_mistake_is_told_in_a_sentence(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            for conf, words in (
+                ("[storage]\nnonsense = 1\n", "nonsense: there is no such key"),
+                (f"[server]\nport = {port}\n", "in use"),
+            ):
+                self.project.write("conf.ini", conf)
+                self.assertIn(words, self.refused())
+        self.assertIn("S3_BUCKET", self.refused("--help", status=2))
+
+    def refused(self, *arguments: str, status: int = 1) -> str:
+        program = [sys.executable, os.path.join("sample", "to_s3.py"), *arguments]
+        surroundings = {**os.environ, **self.s3.surroundings, "S3_BUCKET": "films"}
+        ended = subprocess.run(
+            program,
+            cwd=self.project.folder,
+            env=surroundings,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        self.assertEqual(ended.returncode, status, ended.stderr)
+        self.assertNotIn("Traceback", ended.stderr)
+        return ended.stderr
 
     def test_a_crash_before_the_delivery_loses_nothing(self) -> None:
         self.s3.is_down = True

@@ -28,11 +28,13 @@ BUSY = b"<Error><Code>SlowDown</Code><Message>later</Message></Error>"
 
 
 class S3:
-    """With `fails`, each request that stores bytes fails once before it is taken."""
+    """With `fails`, each request that stores bytes fails once before it is taken; with
+    `forgets`, once after it was."""
 
     def __init__(self, bucket: str = "") -> None:
         self.is_down = False
         self.fails = False
+        self.forgets = False  # to answer
         self.failures = 0
         self.parts = 0
         self.unchecked = 0  # requests whose checksum was missing or wrong
@@ -69,20 +71,25 @@ class S3:
     ) -> Iterable[bytes]:
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         environ["wsgi.input"] = io.BytesIO(body)
-        if self.is_down or self._fails_now(environ):
+        if self.is_down or self._fails_now(environ, self.fails):
             self.failures += 1
             start("503 Slow Down", [("Content-Type", "application/xml")])
             return [BUSY]
         if environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"].count("/") > 1:
             self.parts += "partNumber" in environ["QUERY_STRING"]
             self._check(environ, body)
+        if self._fails_now(environ, self.forgets):
+            self.failures += 1
+            list(self._app(environ, lambda *_: None))
+            start("500 Internal Server Error", [("Content-Type", "application/xml")])
+            return [BUSY]
         answer: Iterable[bytes] = self._app(environ, start)
         return answer
 
-    def _fails_now(self, environ: dict[str, Any]) -> bool:
+    def _fails_now(self, environ: dict[str, Any], fails: bool) -> bool:
         names = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING")
         request = (environ[names[0]], environ[names[1]], environ[names[2]])
-        if not self.fails or request[0] == "HEAD" or request in self._failed:
+        if not fails or request[0] == "HEAD" or request in self._failed:
             return False
         self._failed.add(request)
         return True

@@ -53,26 +53,24 @@ class Courier:
         self._client = client
         self._bucket = bucket
         self._prefix = prefix
-        self._upload_dir = ""
         self._waiting: queue.Queue[str] = queue.Queue()
 
     def arrived(self, done: flowserver.Done) -> None:
         """Take up a finished file; meant as on_complete."""
         self._waiting.put(done.path)
 
-    def start(self, upload_dir: str, temp_dir: str) -> None:
+    def start(self, store: flowserver.Store) -> None:
         """Begin with what is in the folder already."""
-        self._upload_dir = upload_dir
-        for path in files_in(upload_dir, temp_dir):
+        for path in files_in(store.upload_dir, store.temp_dir):
             self._waiting.put(path)
-        threading.Thread(target=self._work, daemon=True).start()
+        threading.Thread(target=self._work, args=[store], daemon=True).start()
 
-    def _work(self) -> None:
+    def _work(self, store: flowserver.Store) -> None:
         failures = 0
         while True:
             path = self._waiting.get()
             try:
-                LOG.info("%r is in the bucket as %r", path, self.deliver(path))
+                LOG.info("%r is in the bucket as %r", path, self.deliver(path, store))
                 failures = 0
             except FileNotFoundError:
                 pass  # another process took it
@@ -82,27 +80,39 @@ class Courier:
                 self._waiting.put(path)
                 time.sleep(min(2**failures, LONGEST_PAUSE))
 
-    def deliver(self, path: str) -> str:
+    def deliver(self, path: str, store: flowserver.Store) -> str:
         """Return the key under which the file is in the bucket now; it is removed here.
 
         Raises what open() and boto3 raise; then the file stays.
         """
-        with open(path, "rb") as file:
-            digest = digest_of(file)
-            for key in self._keys(path, digest):
-                stored = self._stored(key)
-                if stored == digest:
-                    break
-                if stored is None and self._send(file, key, digest):
-                    break
-            else:
-                raise RuntimeError("its names are taken by other files")
-        os.unlink(path)
+        with contextlib.ExitStack() as undo:
+            with open(path, "rb") as file:
+                found = os.fstat(file.fileno())
+                name = os.path.relpath(path, store.upload_dir).replace(os.sep, "/")
+                key = self._bring(file, name)
+                # Another process may have brought it, too, and removed it: then a newer
+                # file can have its name, which must not be removed in its stead.
+                undo.enter_context(removing(store))
+                if version_of(os.stat(path)) != version_of(found):
+                    raise RuntimeError("there is a newer one now")
+            os.unlink(path)  # after the end of `with`: Windows removes no open file
         return key
 
-    def _keys(self, path: str, digest: str) -> Tuple[str, str]:
+    def _bring(self, file: BinaryIO, name: str) -> str:
+        """Return the key under which these bytes are in the bucket now."""
+        digest = digest_of(file)
+        for key in self._keys(name, digest):
+            stored = self._stored(key)
+            if stored is None:
+                # "Taken" may be said of our own bytes, when an answer was lost.
+                is_sent = self._send(file, key, digest)
+                stored = digest if is_sent else self._stored(key)
+            if stored == digest:
+                return key
+        raise RuntimeError("its names are taken by other files")
+
+    def _keys(self, name: str, digest: str) -> Tuple[str, str]:
         """Return the key to use, and the one to use when other bytes have that."""
-        name = os.path.relpath(path, self._upload_dir).replace(os.sep, "/")
         stem, suffix = os.path.splitext(name)
         return self._prefix + name, f"{self._prefix}{stem} ({digest[:16]}){suffix}"
 
@@ -124,6 +134,7 @@ class Courier:
         try:
             if size <= PART_SIZE:
                 block = file.read()
+                require_same(hashlib.sha256(block), digest)
                 self._client.put_object(
                     **target,
                     **checked(block),
@@ -147,11 +158,12 @@ class Courier:
         )
         upload = {**target, "UploadId": begun["UploadId"]}
         part_size = max(PART_SIZE, -(-size // MOST_PARTS))
+        parts, sent = [], hashlib.sha256()
         try:
-            parts = [
-                self._send_part(number, block, upload)
-                for number, block in enumerate(blocks_of(file, part_size), 1)
-            ]
+            for number, block in enumerate(blocks_of(file, part_size), 1):
+                sent.update(block)
+                parts.append(self._send_part(number, block, upload))
+            require_same(sent, digest)
             self._client.complete_multipart_upload(
                 **upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*"
             )
@@ -192,6 +204,28 @@ def digest_of(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def require_same(sent: Any, digest: str) -> None:
+    """Raise RuntimeError when a file has had two contents while it was read twice."""
+    if sent.hexdigest() != digest:
+        raise RuntimeError("it was changed meanwhile")
+
+
+def version_of(found: os.stat_result) -> Tuple[int, ...]:
+    """Return what tells a file from others of its name, and from its past."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def removing(store: flowserver.Store) -> Iterator[None]:
+    """Be the only one of all processes that removes a file here."""
+    with open(os.path.join(store.temp_dir, "to_s3.lock"), "ab") as file:
+        store.disk.lock(file.fileno())
+        try:
+            yield
+        finally:
+            store.disk.unlock(file.fileno())
+
+
 def checked(block: bytes) -> Dict[str, str]:
     """Return the checksum that S3 holds the block against when it arrives."""
     digest = hashlib.sha256(block).digest()
@@ -224,21 +258,31 @@ def create_app() -> flowserver.UploadApp:
     prefix = os.environ.get("S3_PREFIX", "")
     courier = Courier(s3_client(), os.environ["S3_BUCKET"], prefix)
     app = flowserver.UploadApp(settings, on_complete=courier.arrived, any_path=False)
-    courier.start(app.store.upload_dir, app.store.temp_dir)
+    courier.start(app.store)
     return app
 
 
 def main() -> int:
     """Serve until Ctrl-C or SIGTERM."""
+    if len(sys.argv) > 1:
+        print(__doc__, file=sys.stderr)
+        return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    with flowserver.FlowServer(create_app()) as server:
+    try:
+        server = flowserver.FlowServer(create_app())
+    except (flowserver.FlowError, OSError) as error:
+        print(f"to_s3.py: {error}", file=sys.stderr)
+        return 1
+    # An Event would wait for ever when the signal comes while wait() holds its lock.
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, _: signals.put(number))
+    with server:
         print(f"open {server.url}/ in a browser", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            while not stop.wait(1):
-                pass
-    return 0
+        while True:
+            with contextlib.suppress(queue.Empty):
+                signals.get(timeout=0.5)
+                return 0
 
 
 if __name__ == "__main__":
