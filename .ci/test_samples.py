@@ -282,9 +282,35 @@ class ClientTest(ClientCase):
         return shown.decode(), status
 
     def test_the_wrong_address_is_a_wrong_usage(self) -> None:
-        for url in ("localhost:8000", "ftp://host", "http://host:port"):
+        strange = ("http://a..b:1", "http://.:1", "http://host :1")
+        for url in ("localhost:8000", "ftp://host", "http://host:port", *strange):
             said = self.send("file", url=url, status=2)
             self.assertIn("is not like http://host:8000", said)
+
+    def test_a_path_that_is_none_of_the_server_s_is_named(self) -> None:
+        (path,) = write_files(self.source, {"file.bin": b"x"})
+        self.serve()
+        for wrong, named in (("upload", "upload"), ("Süd é/", "S%C3%BCd%20%C3%A9")):
+            said = self.send(path, url=f"{self.server.url}{wrong}", status=1)
+            sentence = f"There is nothing at this address (/{named}/upload)"
+            self.assertIn(f"file.bin: {sentence}\n", said)
+
+    def test_a_link_to_a_folder_is_told_and_a_link_to_a_file_sent(self) -> None:
+        (path,) = write_files(self.source, {"album/file.bin": b"x"})
+        (path.parent / "link.bin").symlink_to("file.bin")
+        (path.parent / "loop").symlink_to(".", target_is_directory=True)
+        self.serve()
+        said = self.send(path.parent, status=1)
+        self.assertIn("loop: is a link to a folder, name that itself\n", said)
+        self.assertIn("2 of 3 files are there\n", said)
+        self.assert_on_disk({"album/file.bin": b"x", "album/link.bin": b"x"})
+
+    def test_a_name_commands_no_terminal(self) -> None:
+        (path,) = write_files(self.source, {"red\x1b[31m\nline.bin": b"x"})
+        self.serve()
+        said = self.send(path, self.source / "\x1b[2J", status=1)
+        self.assertEqual(len(said.splitlines()), 3, said)
+        self.assertIn("red\\x1b[31m\\nline.bin: saved as red_", said)
 
     def test_it_speaks_python_3_8_and_needs_the_standard_library_alone(self) -> None:
         tree = ast.parse((SAMPLES / "upload.py").read_text(), feature_version=(3, 8))
@@ -382,6 +408,8 @@ class DoubtfulServerTest(ClientCase):
                 return answer(request, 200, b"<!doctype html>Log in")
             if call == 3:
                 return answer(request, 503, error, retry_after="2")
+            if call == 4:
+                return answer(request, 503, error, retry_after="9" * 5000)
             return really()
 
         said = self.upload(unwell)

@@ -35,6 +35,7 @@ from urllib.parse import quote, unquote, urlsplit
 MIB = 1024 * 1024
 BLOCK_SIZE = 256 * 1024
 MAX_WAIT_SECONDS = 60
+MAX_RETRY_AFTER_SECONDS = 600  # whatever the server asks for
 TIMEOUT_SECONDS = 90  # more than the server itself waits for a silent connection
 JOURNAL_SECONDS = 24 * 3600
 TOLD_EVERY_SECONDS = 0.2
@@ -67,6 +68,11 @@ def size_in_words(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+def printable(words: str) -> str:
+    """Return words of others on one line, unable to command a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
 class Progress:
     """One line on a terminal, rewritten; where there is no terminal, news only."""
 
@@ -97,6 +103,7 @@ class Progress:
 
     def wait(self, words: str) -> None:
         """Say once why nothing moves."""
+        words = printable(words)
         with self._lock:
             if self._has_terminal:
                 self._rewrite(words)
@@ -107,7 +114,7 @@ class Progress:
     def say(self, words: str) -> None:
         with self._lock:
             self._rewrite("")
-            print(words, file=sys.stderr, flush=True)
+            print(printable(words), file=sys.stderr, flush=True)
 
     def _line(self, now: float) -> str:
         share = self._sent / self._total if self._total else 1.0
@@ -136,11 +143,13 @@ class Server:
     def __init__(self, url: str, options: argparse.Namespace, progress: Progress):
         parts = urlsplit(url)
         self._parts = parts
-        self._path = f"{parts.path.rstrip('/')}/{options.upload_path.strip('/')}"
+        path = f"{parts.path.rstrip('/')}/{options.upload_path.strip('/')}"
+        self._path = quote(path, "/%:@!$&'()*+,;=~", errors="surrogateescape")
         self._headers = {"User-Agent": "flowserver-upload.py"}
         if parts.username is not None:
             user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            token = base64.b64encode(user.encode()).decode()
+            raw = user.encode("utf-8", "surrogateescape")
+            token = base64.b64encode(raw).decode()
             self._headers["Authorization"] = f"Basic {token}"
         self._tls = None
         if parts.scheme == "https":
@@ -264,12 +273,16 @@ class Server:
         if 300 <= status < 400:
             raise Refused(f"the server is elsewhere: {response.headers['Location']}")
         words = str(answer.get("error") or f"the server answered with status {status}")
+        if status == 404:
+            words = f"{words.rstrip('.')} ({self._path})"
         if 400 <= status < 500 and status not in (408, 429):
             raise Refused(words)
         if status == 200:
             words = "this answer is not from flowserver"
         wait = response.headers.get("Retry-After", "")
-        raise Trouble(words.rstrip("."), int(wait) if wait.isdecimal() else 0)
+        is_clear = re.fullmatch("[0-9]{1,9}", wait)
+        seconds = min(int(wait), MAX_RETRY_AFTER_SECONDS) if is_clear else 0
+        raise Trouble(words.rstrip("."), seconds)
 
 
 # ---- files
@@ -378,6 +391,10 @@ def named_files(
             continue
         for folder, folders, files in os.walk(argument, onerror=complain):
             folders.sort()
+            for link in filter(
+                os.path.islink, (os.path.join(folder, n) for n in folders)
+            ):
+                complain(OSError(0, "is a link to a folder, name that itself", link))
             inside = os.path.relpath(folder, argument)
             parts = [base] + ([] if inside == os.curdir else inside.split(os.sep))
             for file in sorted(files):
@@ -581,7 +598,10 @@ def size_argument(text: str) -> int:
 def url_argument(text: str) -> str:
     with contextlib.suppress(ValueError):  # of a port that is no number
         parts = urlsplit(text)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+        host = parts.hostname or ""
+        host.encode("idna")  # raises what would be raised when it is looked up
+        is_host = host and not re.search(r"[\s\x00-\x20\x7f]", host)
+        if parts.scheme in ("http", "https") and is_host and parts.port != 0:
             return text
     raise argparse.ArgumentTypeError(f"{text!r} is not like http://host:8000")
 
@@ -617,7 +637,7 @@ def collect(options: argparse.Namespace, secret: str) -> Tuple[List[Upload], int
     complaints: List[str] = []
 
     def complain(error: OSError) -> None:
-        complaints.append(f"{error.filename}: {error.strerror}")
+        complaints.append(printable(f"{error.filename}: {error.strerror}"))
         print(complaints[-1], file=sys.stderr)
 
     for path, name in named_files(options.paths, complain):
