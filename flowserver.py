@@ -4460,10 +4460,15 @@ class UploadApp:
         if refusal:
             raise Forbidden(refusal)
 
-    def _ask(self, name: str, hook: Callable[[A], T], argument: A) -> T:
+    def _ask(self, name: str, hook: Callable[[A], Optional[str]], argument: A) -> str:
         """Call what the program has given us; its mistakes are told as its own."""
         try:
-            return hook(argument)
+            answer = hook(argument)
+            if isinstance(answer, str):
+                return answer
+            if (answer is None or answer is False) and name != "place":
+                return ""  # as of `request.headers.get(...)`, or of `is_bad and "No."`
+            raise TypeError(f"{name}() returned {answer!r}, which is no str")
         except FlowError:
             raise
         except Exception:  # whatever a stranger's function may raise

@@ -26,6 +26,7 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -4006,6 +4007,32 @@ class EmbeddingTest(unittest.TestCase):
                     answer = send(app, *browser("a", b"1"))
                 self.assertEqual((answer.status, leftovers(app)), (503, {}))
                 self.assertIn(f"{name}() of this program failed", logs.output[0])
+
+    def test_what_is_no_text_is_a_mistake_of_the_function_that_returned_it(
+        self,
+    ) -> None:
+        wrong: Dict[str, Tuple[Any, ...]] = {
+            "authorize": (True, 403, 0, b"No."),
+            "owner": (7, 0, True, b"ann", ["ann"]),
+            "place": (None, False, pathlib.PurePath("a"), b"a"),
+        }
+        for name, answers in wrong.items():
+            for answer in answers:
+                with self.subTest(name, answer=answer):
+                    with application(**{name: lambda _, a=answer: a}) as app:
+                        with self.assertLogs("flowserver", "ERROR") as logs:
+                            status = send(app, *browser("a", b"1")).status
+                        self.assertEqual((status, finished_files(app)), (503, {}))
+                    sentence = f"{name}() returned {answer!r}, which is no str"
+                    self.assertIn(sentence, logs.output[0])
+
+    def test_nobody_and_nothing_to_refuse_may_be_said_in_several_ways(self) -> None:
+        for answer in (None, False, ""):
+            done: List[Any] = []
+            functions = {"authorize": lambda _, a=answer: a, "on_complete": done.append}
+            with application(owner=functions["authorize"], **functions) as app:
+                self.assertEqual(send(app, *browser("a", b"1")).status, 200)
+            self.assertEqual(done[0].owner, "")
 
     def test_fields_are_those_that_the_library_did_not_make(self) -> None:
         for prefix in ("flow", "resumable"):
