@@ -2013,8 +2013,9 @@ class Store:
                 return [], None
             ranges = list(ledger.sent.get(_sender_hash(sender), ()))
             if ledger.finished:
-                is_known = bool(ranges) and self.is_intact(ledger)
-                return ranges, self._done(ledger) if is_known else None
+                if not ranges or not self.is_intact(ledger):  # a chunk begins anew
+                    return [], None
+                return ranges, self._done(ledger)
             self.flush_ledger(ledger)
             return ranges, None
 

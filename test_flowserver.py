@@ -3732,6 +3732,16 @@ class ProtocolTest(unittest.TestCase):
         self.assertEqual((answer["status"], answer["ranges"]), ("complete", [[0, 25]]))
         self.assertEqual((answer["path"], answer["size"]), ("a", 25))
 
+    def test_status_of_a_finished_file_that_was_taken_away_or_changed(self) -> None:
+        """Nothing of it need not be sent: the next chunk begins a new upload."""
+        path = os.path.join(self.app.store.upload_dir, "a")
+        for spoil in (os.unlink, lambda path: os.utime(path, (1, 1))):
+            self.give(1)
+            self.give(2)
+            spoil(path)
+            answer = self.ask(None).json
+            self.assertEqual((answer["status"], answer["ranges"]), ("unknown", []))
+
     def test_restart_forgets_nothing(self) -> None:
         self.give(1)
         self.app.close()
