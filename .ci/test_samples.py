@@ -248,6 +248,25 @@ class ClientTest(ClientCase):
             command.split(), cwd=self.folder, check=True, capture_output=True
         )
 
+    def test_a_secret_that_a_crash_left_empty_is_made_anew(self) -> None:
+        (path,) = write_files(self.source, {"file.bin": b"x"})
+        (secret,) = write_files(self.folder, {"config/flowserver/secret": b""})
+        self.serve()
+        self.assertEqual(self.send(path), "1 of 1 files are there\n")
+        kept = secret.read_text()
+        self.assertRegex(kept, "^[0-9a-f]{32}$")
+        self.assertEqual(secret.stat().st_mode & 0o777, 0o600)
+        self.send(path)
+        self.assertEqual(secret.read_text(), kept)
+        self.assertEqual(list(secret.parent.iterdir()), [secret])
+
+    def test_without_any_output_it_sends_all_the_same(self) -> None:
+        (path,) = write_files(self.source, {"file.bin": b"x"})
+        self.serve()
+        closed = ["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", *self.command(path)]
+        subprocess.run(closed, env=self.environment, check=True, timeout=60)
+        self.assert_on_disk({"file.bin": b"x"})
+
     def test_a_terminal_gets_a_bar_and_nobody_else_does(self) -> None:
         (path,) = write_files(self.source, {"file.bin": noise(64 * MIB, 1)})
         self.serve()

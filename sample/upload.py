@@ -27,6 +27,7 @@ import shutil
 import ssl
 import stat
 import sys
+import tempfile
 import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
@@ -412,20 +413,32 @@ def state_folder() -> str:
     return os.path.join(base, "flowserver")
 
 
-def secret_of_this_user(folder: str) -> str:
-    """Return 128 random bits, the same in every run."""
-    path = os.path.join(folder, "secret")
-    fresh = secrets.token_hex(16)
-    with contextlib.suppress(OSError):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with open(number, "w", encoding="ascii") as file:
-            file.write(fresh)
+def read_secret(path: str) -> str:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         with open(path, encoding="ascii") as file:
             kept = file.read().strip()
         if re.fullmatch("[0-9a-f]{32}", kept):
             return kept
+    return ""
+
+
+def secret_of_this_user(folder: str) -> str:
+    """Return 128 random bits, the same in every run."""
+    path = os.path.join(folder, "secret")
+    kept = read_secret(path)
+    if kept:
+        return kept
+    # Never seen half: not by another run that begins now, nor after a crash.
+    fresh = secrets.token_hex(16)
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        number, own = tempfile.mkstemp(dir=folder)  # for this user's eyes only
+        with open(number, "w", encoding="ascii") as file:
+            file.write(fresh)
+        os.replace(own, path)
+    kept = read_secret(path)
+    if kept:
+        return kept
     print(f"no secret can be kept in {folder}: no resume later", file=sys.stderr)
     return fresh
 
@@ -609,16 +622,31 @@ def url_argument(text: str) -> str:
 def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Send files and folders to a flowserver; what is there already is"
-        " not sent again."
+        " not sent again.",
+        epilog="Exit status: 0 all files are there; 1 some are not; 2 wrong usage;"
+        " 130 interrupted.",
     )
     parser.add_argument("url", type=url_argument, help="http://[user:pass@]host:port")
     parser.add_argument("paths", nargs="+", metavar="FILE-OR-FOLDER")
     parser.add_argument(
-        "--chunk-size", type=size_argument, default=MIB, help="1M; larger is faster"
+        "--chunk-size",
+        type=size_argument,
+        default=MIB,
+        metavar="SIZE",
+        help="as 512K or 8M; larger is faster [1M]",
     )
-    parser.add_argument("--parallel", type=int, default=3, help="chunks at a time: 3")
-    parser.add_argument("--upload-path", default="/upload", help="/upload")
-    parser.add_argument("--certificate", help="trust this certificate (PEM), for https")
+    parser.add_argument(
+        "--parallel", type=int, default=3, metavar="N", help="chunks at a time [3]"
+    )
+    parser.add_argument(
+        "--upload-path",
+        default="/upload",
+        metavar="PATH",
+        help="what the server's setting upload_path says [/upload]",
+    )
+    parser.add_argument(
+        "--certificate", metavar="FILE", help="trust this certificate (PEM), for https"
+    )
     parser.add_argument(
         "--give-up",
         type=float,
@@ -668,6 +696,8 @@ def run(options: argparse.Namespace) -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     options = parse_arguments(argv)
+    if sys.stderr is None:  # closed by whoever has started it (2>&-)
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
     try:
         return run(options)
     except KeyboardInterrupt:
