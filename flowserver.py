@@ -1979,8 +1979,13 @@ class Store:
     def receive(self, upload: Upload, start: int, end: int, sender: str) -> Receiving:
         """Begin to take the bytes [start, end) of an upload.
 
-        Raises Conflict when the name is taken and on_conflict is "refuse".
+        Raises Malformed when they are not bytes of it, and Conflict when the name is
+        taken and on_conflict is "refuse".
         """
+        if not 0 <= start <= end <= upload.size:
+            raise Malformed(
+                f"Bytes {start} to {end} are not all in a file of {upload.size}."
+            )
         with _explained():
             return Receiving(self, upload, start, end, _sender_hash(sender))
 
@@ -5437,7 +5442,7 @@ class FlowHandlerMixin:
             headers=headers,
             length=length,
             read=body,
-            client=self.client_address[0],
+            client=self.client_address[0] if self.client_address else "",  # Unix socket
             scheme="https" if hasattr(self.connection, "getpeercert") else "http",
         )
         response = self.uploads.handle(request)

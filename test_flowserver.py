@@ -32,6 +32,7 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import statistics
 import struct
 import subprocess
@@ -1899,6 +1900,17 @@ class StoreTest(unittest.TestCase):
 
     def files(self) -> Dict[str, bytes]:
         return finished_files(self.folder)
+
+    def test_a_range_that_is_not_of_the_file_is_refused(self) -> None:
+        upload = upload_of(self.data)
+        size = len(self.data)
+        for start, end in ((-5, 5), (5, 2), (size - 1, size + 1), (size, size + 5)):
+            with self.subTest(start=start, end=end):
+                with self.assertRaises(flowserver.Malformed):
+                    self.store.receive(upload, start, end, "anna")
+        with self.assertRaises(flowserver.Malformed):
+            self.store.receive(upload._replace(size=10), 5, 15, "anna")
+        self.assertEqual(self.store.status(upload, "anna"), ([], None))
 
     def test_every_order_of_five_chunks_makes_the_file(self) -> None:
         for count, order in enumerate(itertools.permutations(range(5))):
@@ -5469,6 +5481,27 @@ class ServerTest(unittest.TestCase):
                 finally:
                     server.shutdown()
                     thread.join()
+
+    @unittest.skipUnless(hasattr(socketserver, "UnixStreamServer"), "no Unix sockets")
+    def test_handler_of_ones_own_on_a_unix_socket(self) -> None:
+        """Where a client has no address."""
+
+        class Handler(flowserver.FlowHandlerMixin, http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.handle_upload()
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        with application() as app, temporary_folder() as folder:
+            Handler.uploads = app
+            place = os.path.join(folder, "socket")
+            with socketserver.UnixStreamServer(place, Handler) as server:
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(place)
+                    client.sendall(b"GET /upload HTTP/1.0\r\n\r\n")
+                    server.handle_request()
+                    self.assertIn(b" 204 ", client.recv(1000))
 
     def check_own_server(self, server: Any, app: UploadApp) -> None:
         for number in (1, 2):
