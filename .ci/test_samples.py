@@ -15,9 +15,11 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -194,6 +196,21 @@ class ClientTest(ClientCase):
         said = self.end(client, 0)
         self.assertRegex(said, r"connection lost \(.+\), trying again in 1 s\n")
         self.assert_on_disk({"file.bin": content})
+
+    def test_a_server_that_says_nothing_is_left_at_once(self) -> None:
+        paths = write_files(self.source, {f"{n}.bin": b"x" for n in range(16)})
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+            client = self.begin("--parallel", 16, *paths, url=url)
+            for _ in paths:
+                connection, _ = silent.accept()
+                self.addCleanup(connection.close)
+                connection.recv(1)
+            time.sleep(0.5)  # it waits for its workers by now
+            began = time.monotonic()
+            client.send_signal(signal.SIGINT)
+            self.end(client, 130)
+            self.assertLess(time.monotonic() - began, 10)
 
     def test_a_server_that_is_not_there_may_be_given_up(self) -> None:
         self.serve()

@@ -38,6 +38,7 @@ BLOCK_SIZE = 256 * 1024
 MAX_WAIT_SECONDS = 60
 MAX_RETRY_AFTER_SECONDS = 600  # whatever the server asks for
 TIMEOUT_SECONDS = 90  # more than the server itself waits for a silent connection
+STOP_SECONDS = 2  # for requests under way, after Ctrl-C
 JOURNAL_SECONDS = 24 * 3600
 TOLD_EVERY_SECONDS = 0.2
 
@@ -504,8 +505,9 @@ class Sender:
                     thread.join(0.2)  # without a timeout, Windows hears no Ctrl-C
         except KeyboardInterrupt:
             self._server.stop.set()
+            end = time.monotonic() + STOP_SECONDS  # for all of them together
             for thread in threads:
-                thread.join(2)
+                thread.join(max(0.0, end - time.monotonic()))
             raise
 
     def _work(self) -> None:
