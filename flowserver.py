@@ -2463,9 +2463,14 @@ class Store:
             self.append(ledger, _ledger_line("refused", body.sender))
         elif others and ledger.is_contested and self._is_quiet(ledger):
             self._forget_all(ledger, body.sender)
-        elif others and body.sender not in ledger.refused:
-            self.append(ledger, _ledger_line("refused", body.sender))
+        elif others:
+            self.note_refused(ledger, body.sender)
         raise _different()
+
+    def note_refused(self, ledger: _Ledger, sender: str) -> None:
+        """Write down that a sender has another version."""
+        if sender not in ledger.refused:
+            self.append(ledger, _ledger_line("refused", sender))
 
     def _forget_all(self, ledger: _Ledger, sender: str) -> None:
         """Drop an upload for one of its senders.
@@ -3149,6 +3154,7 @@ class _InPlace(_Way):
         self.failed_flushes = 0
         self.has_claimed = False
         self.is_overtaken = False  # somebody else wrote where we had written
+        self.is_different = False  # and other bytes, once: those that are stored now
 
     def claim(self) -> bool:
         """Claim what is missing of the range; False when somebody else writes there."""
@@ -3168,10 +3174,19 @@ class _InPlace(_Way):
         return True
 
     def overtaken(self, start: int, end: int) -> None:
-        """Others write [start, end), which is not recorded."""
+        """Others write [start, end), which is not recorded; at `start` other bytes."""
         end = min(end, self.position)
         if any(max(low, start) < min(high, end) for low, high in self.claims):
+            is_ours = any(low <= start < high for low, high in self.claims)
+            self.is_different = is_ours and not self.is_overtaken
             self.is_overtaken = True
+
+    def is_other_version(self) -> bool:
+        """Whether bytes that were written here differ from what others have stored."""
+        ledger, body = self.ledger, self.body
+        mine = ledger.sent.get(body.sender) or Ranges()
+        is_stored = not ledger.ranges.gaps(body.start, body.end)
+        return self.is_different and is_stored and bool(mine.gaps(body.start, body.end))
 
     def write(self, block: memoryview) -> bool:
         start, end = self.position, self.position + len(block)
@@ -3228,6 +3243,8 @@ class _InPlace(_Way):
             gaps = ledger.ranges.gaps(body.start, body.end)
             if gaps:
                 self.store.require_welcome(ledger, body)
+            if self.is_overtaken and self.is_other_version():
+                self.store.refuse_difference(ledger, body, is_late=True)
             if self.is_overtaken:  # sent again, it is compared
                 raise _undone()
             self.record(ledger, gaps)
@@ -3248,6 +3265,8 @@ class _InPlace(_Way):
                     self._drop_claims()
                     if self.is_current() and not self.ledger.is_complete:
                         self._cut_off()
+                    if self.is_current() and self.is_other_version():
+                        self.store.note_refused(self.ledger, self.body.sender)
             with self.ledger.mutex:
                 self._drop_claims()
                 self.store.leave_home(self.ledger)

@@ -2097,11 +2097,11 @@ class StoreTest(unittest.TestCase):
         self.assertEqual(self.files(), {"a.bin": self.data})
 
     def test_overtaken_bytes_are_sent_again_and_compared(self) -> None:
-        """Whether they were other bytes or the same, nobody knows any more."""
+        """Which bytes they were nobody knows any more, when it was one's own retry."""
         other = self.data[:300] + noise(600, 2)
         put(self.store, self.data, 0, 300, "anna")
         put(self.store, other, 0, 300, "bert")
-        with self.store.receive(upload_of(other), 300, 600, "bert") as body:
+        with self.store.receive(upload_of(other), 300, 600, "anna") as body:
             body.write(other[300:600])
             put(self.store, self.data, 300, 600, "anna")
             with self.assertRaises(flowserver.Trouble):
@@ -2594,6 +2594,30 @@ class StoreTest(unittest.TestCase):
         for low, high in thirds(900):
             put(other, self.data, low, high)
         self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def test_who_was_overtaken_with_other_bytes_has_another_version(self) -> None:
+        """Both go away then: what they have stored is not put together."""
+        upload, other = upload_of(self.data), changed(self.data, 400)
+        for is_whole in (True, False):
+            put(self.store, self.data, 0, 300, "anna")
+            put(self.store, self.data, 0, 300, "bert")
+            with self.store.receive(upload, 300, 600, "anna") as body:
+                body.write(other[300:550])
+                put(self.store, self.data, 300, 600, "bert")
+                if is_whole:
+                    body.write(other[550:600])
+                    with self.assertRaises(flowserver.Conflict):
+                        body.commit()
+            with self.assertRaises(flowserver.Conflict):
+                put(self.store, other, 600, 900, "anna")
+            self.now = time.time() + 3600
+            self.store.sweep(1e6, 1e6)
+            self.assertEqual(self.files(), {})
+            self.assertIsNotNone(put(self.store, self.data, 600, 900, "bert").done)
+            self.assertEqual(self.files(), {"a.bin": self.data})
+            os.unlink(os.path.join(self.store.upload_dir, "a.bin"))
+            self.store.sweep(1e6, 0)
+            self.now = time.time()
 
     def test_body_from_before_a_new_version_is_no_part_of_it(self) -> None:
         other = noise(900, 2)
