@@ -3509,10 +3509,8 @@ def page(settings: Mapping[str, object], nonce: str) -> str:
 
 
 PAGE = r"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Upload – flowserver</title>
+<html lang="en"><head>
+<meta charset="utf-8"><title>Upload – flowserver</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9
 ' stroke='%232b7a9b' fill='none'%3E%3Cpath d='M4.5 6V1M2 3l2.5-2L7 3M1 6v2h7V6'/%3E%3C/svg%3E">
@@ -3523,16 +3521,14 @@ PAGE = r"""<!DOCTYPE html>
 @media (prefers-color-scheme: dark) { :root { --page: #12171c; --card: #1a2127; --ink: #e6ebf0;
   --soft: #9eabb8; --line: #303b45; --rail: #2a343d; --accent: #74bcdb; --strong: #9bd2ea;
   --on-accent: #0c1a22; --good: #74cd9c; --bad: #f2938a; } }
-* { box-sizing: border-box; margin: 0; padding: 0; }
-[hidden], ul:empty { display: none !important; }
+* { box-sizing: border-box; margin: 0; padding: 0; } [hidden], ul:empty { display: none !important }
 body { padding: clamp(1rem, 4vw, 3rem) 1rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 main, footer { max-width: 46rem; margin: 0 auto; } footer { margin-top: 2rem; text-align: center; }
 h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -.01em; }
 h2, .name { flex: 1; font-size: inherit; font-weight: 600; }
 section, ul { margin-top: 1.25rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .8rem; list-style: none; }
-section { padding: 1.25rem; }
+  border-radius: .8rem; list-style: none; } section { padding: 1.25rem; }
 button { min-height: 2.5rem; padding: .4rem 1rem; border: 1px solid var(--line); cursor: pointer;
   border-radius: .6rem; background: none; color: var(--accent); font: inherit; }
 button:hover:enabled { border-color: var(--accent); color: var(--strong); }
@@ -3556,8 +3552,8 @@ progress::-moz-progress-bar { background: var(--bar, var(--accent)); }
 .numbers { flex: auto; text-align: end; } #share { min-width: 4em; text-align: end; }
 .buttons { flex-wrap: wrap; justify-content: flex-start; margin-top: 1rem; }
 #drop { padding: 2rem 1.25rem; border: 1.5px dashed #8593a1; text-align: center; }
-#drop .buttons { justify-content: center; }
-#drop > svg { width: 2.4rem; height: 2.4rem; stroke-width: 1; color: var(--accent); }
+#drop .buttons { justify-content: center; } #drop > svg { width: 2.4rem; height: 2.4rem;
+  stroke-width: 1; color: var(--accent); }
 .dropping::after { content: ""; position: fixed; inset: 0; border: .5rem solid var(--accent); }
 li { padding: .6rem 1.25rem 1rem; content-visibility: auto; contain-intrinsic-size: auto 6.3rem; }
 li + li { border-top: 1px solid var(--line); } #all progress { height: .6rem; margin-top: .75rem; }
@@ -3571,10 +3567,8 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
   .numbers { text-align: start; } #all .buttons button { flex: 1 1 8rem; } }
 @media (prefers-reduced-motion: reduce) { progress::-webkit-progress-value { transition: none; } }
 @media (forced-colors: active) { progress { border: 1px solid; --rail: Canvas; --bar: Highlight; } }
-</style>
-</head>
-<body>
-<main>
+</style></head>
+<body><main>
   <h1>Upload files</h1>
   <noscript><p>This page needs JavaScript.</p></noscript>
   <section id="drop" aria-label="Add files">
@@ -3588,8 +3582,7 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
     <input type="file" id="files" multiple hidden>
     <input type="file" id="folder" multiple webkitdirectory hidden>
   </section>
-  <section id="all" aria-labelledby="all-title" hidden>
-    <div class="row">
+  <section id="all" aria-labelledby="all-title" hidden><div class="row">
       <h2 id="all-title">All files</h2><button id="try-now" class="link">Try now</button>
       <p id="share"></p>
     </div>
@@ -3601,18 +3594,14 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
       <button id="retry-failed">Retry failed</button>
     </div>
   </section>
-  <ul id="list" role="list" aria-label="Files"></ul>
-  <p id="news" role="status"></p>
-</main>
-<footer id="version"></footer>
-<template><li>
-  <div class="row">
+  <ul id="list" role="list" aria-label="Files"></ul><p id="news" role="status"></p>
+</main><footer id="version"></footer>
+<template><li><div class="row">
     <p class="name"><bdi></bdi></p>
     <button class="icon toggle"><svg viewBox="0 0 16 16"><path/></svg></button>
     <button class="icon remove"><svg viewBox="0 0 16 16"><path/></svg></button>
   </div>
-  <progress></progress>
-  <div class="words"><p class="state"></p><p class="numbers"></p></div>
+  <progress></progress><div class="words"><p class="state"></p><p class="numbers"></p></div>
 </li></template>
 <script type="application/json" nonce="__NONCE__" id="settings">__SETTINGS__</script>
 <script nonce="__NONCE__">
