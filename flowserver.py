@@ -3637,7 +3637,7 @@ function progressInWords({sent, size, speed}) {
 }
 
 const countdown = ({words, opensAt}) =>
-  `${words}, trying again in ${timeInWords((opensAt - Date.now()) / 1000)}`;
+  `${words}, trying again in ${timeInWords((opensAt - performance.now()) / 1000)}`;
 function setText(element, text) { if (element.textContent !== text) element.textContent = text; }
 
 const news = [];            // for screen readers; many at once are told as one sum
@@ -3673,7 +3673,7 @@ function troubleInWords(status, answer) {
 // Some requests at a time over all files; a file waits for those before it.
 function pump() {
   for (const upload of uploads)
-    while (requestsUnderWay < maxRequests && Date.now() >= gate.opensAt && upload.begin());
+    while (requestsUnderWay < maxRequests && performance.now() >= gate.opensAt && upload.begin());
   show();
 }
 
@@ -3712,7 +3712,7 @@ class Upload {
 
   begin() {                 // a request, when there is one to make
     const hasChunk = !this.mustAsk && this.missing.length > 0;
-    if (!this.isActive || Date.now() < this.opensAt) return false;
+    if (!this.isActive || performance.now() < this.opensAt) return false;
     if (!hasChunk && this.flights.size) return false;   // it asks when all chunks are answered
     this.state = 'running';
     if (hasChunk) this.sendChunk(this.missing.pop()); else this.ask();
@@ -3789,9 +3789,9 @@ class Upload {
   }
 
   loseTouch(words, retryAfter) {
-    if (Date.now() >= this.opensAt) this.failures++;    // what fails together is one failure
+    if (performance.now() >= this.opensAt) this.failures++;    // what fails together is one failure
     const wait = Number(retryAfter) || Math.min(maxWaitSeconds, 2 ** (this.failures - 1));
-    Object.assign(this, {words, opensAt: Date.now() + 1000 * wait});
+    Object.assign(this, {words, opensAt: performance.now() + 1000 * wait});
     this.speed = total.speed = 0;
     this.forgetMissing();
     if (!gate.opensAt) announce(`${words}, trying again`);
@@ -3850,9 +3850,9 @@ class Upload {
   }
 
   stateInWords() {
-    const {state, words} = this;
+    const {state, words} = this, wait = [this, gate].find(one => one.opensAt > performance.now());
     if (state !== 'running') return {waiting: 'Waiting', paused: 'Paused'}[state] || words;
-    if (this.opensAt > Date.now() && !this.flights.size) return countdown(this);
+    if (wait && !this.flights.size) return countdown(wait);
     return this.size && this.sent === this.size ? 'Finishing' : 'Uploading';
   }
 }
@@ -3884,7 +3884,7 @@ function drawAll() {
   const share = sum.size ? sum.sent / sum.size : Number(!isUnfinished);
   const title = {failed: 'Failed', done: 'Done'}[state] || `${Math.floor(share * 100)} %`;
   const words = `${count.done} of ${uploads.size} files finished`;
-  const isLost = isActive && Date.now() < gate.opensAt;
+  const isLost = isActive && performance.now() < gate.opensAt;
   $('#all').hidden = !uploads.size;
   $('#all').className = isLost ? 'lost' : state;
   $('#all progress').value = share;
@@ -3914,7 +3914,7 @@ $('#pause-all').onclick = event => {
 $('#clear-finished').onclick = () => each(one => one.state === 'done', one => one.remove());
 $('#retry-failed').onclick = () => each(one => one.state === 'failed', one => one.toggle());
 $('#try-now').onclick = window.ononline = () => {
-  gate.opensAt = Math.min(gate.opensAt, Date.now());
+  gate.opensAt = Math.min(gate.opensAt, performance.now());
   each(one => one.isActive, one => { one.opensAt = 0; });
 };
 $('#list').onclick = ({target}) => {
