@@ -3659,6 +3659,7 @@ function openRequest(method, query, body, onMoved) {
     xhr.timeout = Date.now() - began + 1000 * stallSeconds;
   };
   xhr.ended = new Promise(resolve => { xhr.onloadend = resolve; });
+  if (body) xhr.setRequestHeader('Content-Type', 'application/octet-stream');
   xhr.send(body);
   return xhr;
 }
@@ -3732,12 +3733,14 @@ class Upload {
     const [start, end] = this.bytesOf(index);
     const answer = await this.request('POST', this.query({
       flowChunkNumber: index + 1, flowChunkSize: chunkSize, flowCurrentChunkSize: end - start,
-    }), this.file.slice(start, end, 'application/octet-stream'));
+    }), this.bytes(start, end));
     if (answer) Object.assign(this, {stored: this.stored + end - start, failures: 0});
     if (answer?.status === 'complete') this.finish(answer);
     pump();
   }
 
+  // Of an empty file all is sent: an empty slice would hide that it is not empty any more.
+  bytes(start, end) { return this.size ? this.file.slice(start, end) : this.file; }
   bytesOf(index) { return [index * chunkSize, Math.min((index + 1) * chunkSize, this.size)]; }
 
   // Send the chunks that no range (they are sorted and merged) holds whole, the lowest first.
@@ -3775,7 +3778,7 @@ class Upload {
     requestsUnderWay--;
     const {status} = flight, answer = flight.response || {};
     // A file that changed after it was chosen fails like a lost connection; only reading it tells.
-    const isGone = !status && await this.file.slice(0, 1).text().then(() => false, () => true);
+    const isGone = !status && await this.bytes(0, 1).text().then(() => false, () => true);
     if (!this.flights.delete(flight)) return null;
     if (status === 200 && answer.status) {
       if (gate.opensAt) announce('Connected again');
