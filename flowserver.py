@@ -3786,7 +3786,8 @@ class Upload {
       return answer;
     }
     if (isGone) this.end('failed', 'This file has changed or is gone: choose it again.');
-    else if (isRefusal(status)) this.end('failed', answer.error || `Refused: status ${status}.`);
+    else if (isRefusal(status)) each(one => one === this || (status === 401 && one.isActive),
+      one => one.end('failed', answer.error || `Refused: status ${status}.`));
     else this.loseTouch(troubleInWords(status, answer), flight.getResponseHeader('Retry-After'));
     return null;
   }
