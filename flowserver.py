@@ -3613,7 +3613,7 @@ const chunkSize = Math.min(settings.chunkSize, settings.maxChunkSize || Infinity
 const maxRequests = 3, maxWaitSeconds = 60;
 const stallSeconds = Math.max(90, 1.5 * settings.timeout);  // longer than the server waits
 const limit = `Files may have up to ${sizeInWords(settings.maxFileSize)}.`;
-const uploads = new Set();  // as listed
+const uploads = new Set();  // in their turns
 const total = {moved: 0, speed: 0};     // bytes since the last second, bytes a second
 let requestsUnderWay = 0, gate = {opensAt: 0};    // shut while the server is out of reach
 
@@ -3797,6 +3797,7 @@ class Upload {
     const wait = Number(retryAfter) || Math.min(maxWaitSeconds, 2 ** (this.failures - 1));
     Object.assign(this, {words, opensAt: performance.now() + 1000 * wait});
     this.speed = total.speed = 0;
+    if (retryAfter) uploads.delete(this), uploads.add(this);  // the others' turn
     this.forgetMissing();
     if (!gate.opensAt) announce(`${words}, trying again`);
     gate = {words, opensAt: this.opensAt};
