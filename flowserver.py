@@ -3785,6 +3785,7 @@ class Upload {
       gate = {opensAt: 0};
       return answer;
     }
+    if (isGone) gone.add(this);
     if (isGone) this.end('failed', 'This file has changed or is gone: choose it again.');
     else if (isRefusal(status)) each(one => one === this || (status === 401 && one.isActive),
       one => one.end('failed', answer.error || `Refused: status ${status}.`));
@@ -3942,7 +3943,7 @@ let browserBits = randomBits();
 try { browserBits = localStorage.flowserver ||= browserBits; } catch { /* till the next reload */ }
 
 // A second file of one name and time may be another file: it must not pass for the first.
-const identifiers = new Set();
+const identifiers = new Set(), gone = new Set();    // and uploads whose file was gone
 function identifierOf(file, path) {
   const version = Math.max(0, file.lastModified);
   const usual = `flowserver-${browserBits}-${version}`;
@@ -3955,6 +3956,9 @@ async function add(files) {
   for await (const {file, path, trouble} of files) {
     const isTooLarge = settings.maxFileSize && file.size > settings.maxFileSize;
     const error = trouble || (isTooLarge ? `This one is too large. ${limit}` : '');
+    const old = [...gone].find(one => one.state === 'failed' && one.path === path
+      && one.size === file.size && one.file.lastModified === file.lastModified);
+    if (old) { Object.assign(old, {file}).startOver(); continue; }  // chosen again
     const upload = new Upload(file, path, identifierOf(file, path), error);
     uploads.add(upload);
     $('#list').append(upload.row);
