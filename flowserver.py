@@ -3879,7 +3879,7 @@ function show() { drawing ||= setTimeout(drawAll, 120); }
 function drawAll() {
   drawing = 0;
   const count = {waiting: 0, running: 0, paused: 0, done: 0, failed: 0};
-  const sum = {sent: 0, size: 0, speed: total.speed};
+  const sum = {sent: 0, size: 0, speed: requestsUnderWay && total.speed};
   for (const upload of uploads) {
     count[upload.state]++;
     if (upload.state === 'running') upload.draw();
@@ -3901,10 +3901,11 @@ function drawAll() {
   setText($('#pause-all'), state === 'paused' ? 'Resume all' : 'Pause all');
   enable($('#pause-all'), isUnfinished);
   enable($('#clear-finished'), count.done);
-  enable($('#retry-failed'), count.failed);
+  enable($('#retry-failed'), [...uploads].some(isWorthRetry));
   document.title = uploads.size ? `${title} – Upload` : 'Upload – flowserver';
 }
 
+const isWorthRetry = one => one.state === 'failed' && !one.error;
 function enable(button, isUseful) {
   if (!isUseful && document.activeElement === button) $('#choose-files').focus();
   button.disabled = !isUseful;
@@ -3918,7 +3919,7 @@ $('#pause-all').onclick = event => {
   each(one => isResume ? one.state === 'paused' : one.isActive, one => one.toggle());
 };
 $('#clear-finished').onclick = () => each(one => one.state === 'done', one => one.remove());
-$('#retry-failed').onclick = () => each(one => one.state === 'failed', one => one.toggle());
+$('#retry-failed').onclick = () => each(isWorthRetry, one => one.toggle());
 $('#try-now').onclick = window.ononline = () => {
   gate.opensAt = Math.min(gate.opensAt, performance.now());
   each(one => one.isActive, one => { one.opensAt = 0; });
@@ -4001,7 +4002,7 @@ window.ondragover = event => {
 window.ondrop = event => {
   event.preventDefault();
   const items = [...event.dataTransfer.items].filter(item => item.kind === 'file');
-  add(filesOf(items.map(item => item.webkitGetAsEntry() || item.getAsFile())));
+  add(filesOf(items.map(item => item.webkitGetAsEntry() || item.getAsFile()).filter(Boolean)));
 };
 $('#limit').textContent = settings.maxFileSize ? limit : '';
 $('#version').textContent = `flowserver ${settings.version}`;
