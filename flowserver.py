@@ -3611,7 +3611,7 @@ const $ = (selector, within = document) => within.querySelector(selector);
 const settings = JSON.parse($('#settings').textContent);
 const chunkSize = Math.min(settings.chunkSize, settings.maxChunkSize || Infinity);
 const maxRequests = 3, maxWaitSeconds = 60;
-const stallSeconds = Math.max(90, 1.5 * settings.timeout);  // longer than the server waits
+let stallSeconds = Math.max(90, 1.5 * settings.timeout);    // longer than the server waits
 const limit = `Files may have up to ${sizeInWords(settings.maxFileSize)}.`;
 const uploads = new Set();  // in their turns
 const total = {moved: 0, speed: 0};     // bytes since the last second, bytes a second
@@ -3650,13 +3650,14 @@ function announce(words) {
 
 // ---- Requests ----
 function openRequest(method, query, body, onMoved) {
-  const xhr = new XMLHttpRequest(), began = Date.now();
+  const xhr = new XMLHttpRequest(), began = performance.now(), stall = stallSeconds;
   xhr.open(method, `${settings.uploadPath}?${query}`);
-  Object.assign(xhr, {responseType: 'json', timeout: 1000 * stallSeconds, loaded: 0});
+  Object.assign(xhr, {responseType: 'json', timeout: 1000 * stall, loaded: 0});
+  xhr.ontimeout = () => { if (stall < 500) stallSeconds = 2 * stall; };    // a slow tunnel?
   xhr.upload.onprogress = ({loaded}) => {
     onMoved(loaded - xhr.loaded);
     xhr.loaded = loaded;
-    xhr.timeout = Date.now() - began + 1000 * stallSeconds;
+    xhr.timeout = performance.now() - began + 1000 * stall;
   };
   xhr.ended = new Promise(resolve => { xhr.onloadend = resolve; });
   if (body) xhr.setRequestHeader('Content-Type', 'application/octet-stream');
