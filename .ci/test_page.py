@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import unittest
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -580,6 +581,15 @@ class ControlTest(PageCase):
         self.assert_nothing_travelled_twice()
         self.assertTrue(BROWSER.find("#pause-all").property("disabled"))
 
+    def test_a_pause_of_all_has_no_speed(self) -> None:
+        self.serve_slowly()
+        self.choose(*self.files({"long.bin": noise(6 * MIB, 1)}))
+        numbers = BROWSER.find("#all .numbers")
+        self.wait(lambda: "left" in numbers.text(), "speed and time left")
+        self.press_all("pause-all")
+        self.wait(lambda: BROWSER.find("#pause-all").text() == "Resume all", "a pause")
+        self.assertRegex(numbers.text(), r"\A[\d.]+ [KM]iB of 6.0 MiB\Z")
+
     def test_a_paused_file_lets_the_next_one_go_on(self) -> None:
         files = {"first.bin": noise(4 * MIB, 1), "second.bin": noise(MIB, 2)}
         self.serve_slowly()
@@ -691,6 +701,7 @@ class RefusalTest(PageCase):
         self.assertEqual(sent, {"right.bin"})
         self.wait_for_title("Failed – Upload")
         self.assertFalse(BROWSER.find("#list .toggle").displayed(), "no vain Retry")
+        self.assertTrue(BROWSER.find("#retry-failed").property("disabled"))
         self.press("Remove", "large.bin")
         self.wait_until_done()
 
@@ -752,6 +763,56 @@ class RefusalTest(PageCase):
         BROWSER.network()
         self.wait_for_words("moving.bin", "This file has changed or is gone.*")
         self.assertEqual(list(self.server.finished_files()), [])
+
+    def test_an_empty_file_that_is_not_empty_any_more_is_not_sent_as_such(self) -> None:
+        self.serve("--chunk-size", "256k")
+        BROWSER.network(upload_bytes_per_second=SLOW)
+        first = {"long.bin": noise(6 * MIB, 1)}
+        empty = {"filled.txt": b"", "gone.txt": b"", "page.mhtml": b""}
+        long, filled, gone, page = self.files({**first, **empty})
+        self.choose(long)
+        self.wait_for_accepted(1)  # all three requests are taken
+        self.choose(filled, gone, page)
+        self.press_all("pause-all")
+        self.wait(lambda: BROWSER.find("#pause-all").text() == "Resume all", "a pause")
+        filled.write_bytes(b"now it has text")
+        os.utime(filled, (1_700_000_000, 1_700_000_000))
+        gone.unlink()
+        BROWSER.network()
+        self.press_all("pause-all")
+        for name in ("filled.txt", "gone.txt"):
+            self.wait_for_words(name, "This file has changed or is gone.*")
+        self.wait_for_words("long.bin", "Finished")
+        self.wait_for_words("page.mhtml", "Finished")
+        self.assert_on_disk({**first, "page.mhtml": b""})
+
+    def test_a_file_that_comes_back_and_is_chosen_again_goes_on(self) -> None:
+        """The stick was pulled out."""
+        content = noise(6 * MIB + 3, 1)
+        self.serve("--chunk-size", "256k")
+        BROWSER.network(upload_bytes_per_second=SLOW)
+        (path,) = self.files({"stick.bin": content})
+        self.choose(path)
+        self.wait_for_accepted(5)
+        away = path.rename(path.with_suffix(".away"))
+        self.wait_for_words("stick.bin", "This file has changed or is gone.*")
+        away.rename(path)
+        BROWSER.network()
+        self.choose(path)
+        self.wait_until_done()
+        self.assertEqual(self.rows(), [("stick.bin", "Finished")])
+        self.assert_on_disk({"stick.bin": content})
+        self.assert_nothing_travelled_twice()
+
+    def test_what_can_not_be_had_of_a_drop_does_not_lose_the_rest(self) -> None:
+        self.serve()
+        BROWSER.run(
+            "const item = file => ({kind: 'file', webkitGetAsEntry: () => null,"
+            "  getAsFile: () => file});"
+            "const items = [item(null), item(new File(['x'], 'x.txt'))];"
+            "window.ondrop({preventDefault() {}, dataTransfer: {items}})"
+        )
+        self.wait_for_words("x.txt", "Finished")
 
 
 class ResumeTest(PageCase):
@@ -815,6 +876,35 @@ class ResumeTest(PageCase):
         self.wait_until_done()
         self.assert_on_disk({"long.bin": content})
         self.assert_nothing_travelled_twice()
+
+    def test_who_waits_says_so_in_every_row(self) -> None:
+        files = {f"{n}.bin": noise(2 * MIB, n) for n in range(3)}
+        self.serve("--chunk-size", "256k")
+        BROWSER.network(upload_bytes_per_second=SLOW)
+        self.choose(*self.files(files))
+        self.wait_for_accepted(3)
+        self.server.kill()
+        self.wait(lambda: "trying again" in self.all_words(), "trouble")
+        BROWSER.run(
+            "window.wrong = []; setInterval(() => {"
+            "  const words = [...document.querySelectorAll('.state')]"
+            "    .map(one => one.textContent);"
+            "  if (/again in [2-9] s/.test(words[0]) && words.includes('Uploading'))"
+            "    wrong.push(words.join()); }, 50)"
+        )
+        BROWSER.run("return new Promise(done => setTimeout(done, 9000))")
+        self.assertEqual(BROWSER.run("return wrong"), [])
+
+    def test_a_clock_that_is_set_back_prolongs_no_wait(self) -> None:
+        content = noise(6 * MIB + 3, 1)
+        self.begin(content)
+        self.server.kill()
+        self.wait_for_words("long.bin", r".*trying again in [2-4] s")
+        BROWSER.run("const {now} = Date; Date.now = () => now() - 3_600_000")
+        BROWSER.network()
+        self.server.start()
+        self.wait_until_done()
+        self.assert_on_disk({"long.bin": content})
 
     def test_a_server_that_lost_its_disk_gets_everything_again(self) -> None:
         content = noise(6 * MIB + 3, 1)
@@ -916,6 +1006,56 @@ class DoubtfulServerTest(PageCase):
 
         with self.answering(proxy):
             self.upload(r"This answer is not from flowserver, trying again in \d s")
+
+    def test_who_must_log_in_again_is_not_asked_for_each_file(self) -> None:
+        error = {"success": False, "error": "A name and a password are needed here."}
+        logged_in = threading.Event()
+
+        def closed(request: Any, call: int, really: Any) -> Any:
+            return really() if logged_in.is_set() else answer(request, 401, error)
+
+        with self.answering(closed):
+            files = {f"{n:02}.txt": b"%d" % n for n in range(40)}
+            self.choose(*self.files(files))
+            self.wait(lambda: "40 failed" in self.all_words(), "the end of all")
+            self.assertEqual({words for _, words in self.rows()}, {error["error"]})
+            self.assertLessEqual(len(self.requests()), 3)
+            logged_in.set()
+            self.press_all("retry-failed")
+            self.wait_until_done()
+
+    def test_a_link_that_swallows_a_chunk_and_takes_its_time_gets_it(self) -> None:
+        """A tunnel: all is gone from the browser at once, the answer comes late."""
+
+        def late(request: Any, call: int, really: Any) -> Any:
+            if request.method == "POST":
+                time.sleep(2)
+            return really()
+
+        with self.answering(late):
+            BROWSER.run(  # a minute and a half is a second and a half
+                "const {set} = Object.getOwnPropertyDescriptor("
+                "  XMLHttpRequest.prototype, 'timeout');"
+                "Object.defineProperty(XMLHttpRequest.prototype, 'timeout',"
+                "  {set(value) { set.call(this, value / 60); }})"
+            )
+            self.upload()
+            self.assertGreaterEqual(self.accepted(), 1, "an answer was waited for")
+
+    def test_many_files_in_trouble_do_not_hold_up_the_others(self) -> None:
+        """Their folder may not be written to, say; the server itself is well."""
+
+        def sick_of_some(request: Any, call: int, really: Any) -> Any:
+            if "sick" not in request.query:
+                return really()
+            error = {"success": False, "error": "Not now."}
+            return answer(request, 503, error, retry_after="2")
+
+        with self.answering(sick_of_some):
+            names = [f"sick {n}.bin" for n in range(4)] + ["well.bin"]
+            self.choose(*self.files({name: noise(KIB, 1) for name in names}))
+            self.wait_for_words("well.bin", "Finished")
+            self.assertLess(len(self.requests()), 12)
 
     def test_one_file_in_trouble_does_not_hold_up_the_others(self) -> None:
         well = threading.Event()
