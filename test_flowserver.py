@@ -1792,27 +1792,30 @@ class NoBusyFiles(flowserver.Disk):
         return super().open(path, flags)
 
 
-class LosingShares(flowserver.Disk):
-    """Lets something happen before a lock is shared again."""
+class Interrupted(flowserver.Disk):
+    """Lets something happen, once, before a lock is asked for."""
 
     meanwhile: Any = None
 
-    def share_lock(self, fd: int) -> None:
+    def _interrupt(self) -> None:
         meanwhile, self.meanwhile = self.meanwhile, None
         if meanwhile:
             meanwhile()
+
+
+class LosingShares(Interrupted):
+    """Lets something happen before a lock is shared again."""
+
+    def share_lock(self, fd: int) -> None:
+        self._interrupt()
         super().share_lock(fd)
 
 
-class BeforeLock(flowserver.Disk):
+class BeforeLock(Interrupted):
     """Lets something happen before it is tried to take a lock."""
 
-    meanwhile: Any = None
-
     def try_lock(self, fd: int) -> bool:
-        meanwhile, self.meanwhile = self.meanwhile, None
-        if meanwhile:
-            meanwhile()
+        self._interrupt()
         return super().try_lock(fd)
 
 
@@ -2618,6 +2621,51 @@ class StoreTest(unittest.TestCase):
             os.unlink(os.path.join(self.store.upload_dir, "a.bin"))
             self.store.sweep(1e6, 0)
             self.now = time.time()
+
+    def test_what_waits_for_the_log_is_bounded(self) -> None:
+        self.store.warnings.extend(map(str, range(5000)))
+        self.assertLessEqual(len(self.store.warnings), 1000)
+        self.assertEqual(self.store.warnings[-1], "4999")
+
+    def test_child_announces_what_its_parent_was_about_to(self) -> None:
+        """The thread of the parent that would say so is not in the child."""
+        told: List[str] = []
+        store = self.open(announce=lambda done: told.append(done.relative_path))
+        generations = mock.Mock(__contains__=mock.Mock(return_value=True))
+        generations.clear = lambda: setattr(store, "_announcing", set())
+        store._announcing, store._pid = generations, -1  # as in a forked process
+        put(store, self.data)
+        self.assertEqual(told, ["a.bin"])
+
+    def test_who_was_overtaken_twice_may_have_the_same_version(self) -> None:
+        """By somebody else's bytes, which are not recorded, and by its own again."""
+        upload, other = upload_of(self.data), changed(self.data, 400)
+        put(self.store, self.data, 0, 300, "anna")
+        with self.store.receive(upload, 300, 600, "anna") as body:
+            body.write(self.data[300:600])
+            trouble = OSError(errno.EIO, "no line can be written")
+            with mock.patch.object(flowserver._Way, "record", side_effect=trouble):
+                with self.assertRaises(flowserver.Trouble):
+                    put(self.store, other, 300, 600, "bert")
+            put(self.store, self.data, 300, 600, "carl")
+            with self.assertRaises(flowserver.Trouble):
+                body.commit()
+        for low, high in thirds(900)[1:]:
+            progress = put(self.store, self.data, low, high, "anna")
+        self.assertIsNotNone(progress.done)
+        self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def test_who_was_overtaken_from_elsewhere_may_have_the_same_version(self) -> None:
+        """The larger chunk begins where nothing was: what follows is not compared."""
+        put(self.store, self.data, 0, 200, "anna")
+        with self.store.receive(upload_of(self.data), 300, 600, "anna") as body:
+            body.write(self.data[300:600])
+            put(self.store, self.data, 200, 700, "bert")
+            with self.assertRaises(flowserver.Trouble):
+                body.commit()
+        put(self.store, self.data, 300, 600, "anna")
+        put(self.store, self.data, 0, 200, "bert")
+        self.assertIsNotNone(put(self.store, self.data, 700, 900, "bert").done)
 
     def test_body_from_before_a_new_version_is_no_part_of_it(self) -> None:
         other = noise(900, 2)
