@@ -44,7 +44,7 @@ a *sender* who sent a range of it.
 
 from __future__ import annotations
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 __all__ = [
     "Disk",
     "Done",
@@ -77,6 +77,7 @@ import collections
 import configparser
 import contextlib
 import errno
+import functools
 import getpass
 import hashlib
 import hmac
@@ -103,6 +104,7 @@ import time
 import types
 import unicodedata
 import urllib.parse
+import weakref
 import zlib
 from typing import (
     Any,
@@ -355,9 +357,9 @@ class Settings:
         "Flush to the disk before answering, so that a power cut loses nothing.")
     on_conflict = Setting("storage", _choice("rename", "replace", "refuse"), "rename",
         "What to do when the name is taken: rename, replace or refuse.")
-    stale_after = Setting("storage", _seconds, "2d",
+    stale_after = Setting("storage", _seconds, "7d",
         "Unfinished uploads without activity for this long are removed; 0: never.")
-    keep_receipts = Setting("storage", _seconds, "1d",
+    keep_receipts = Setting("storage", _seconds, "1h",
         "How long a finished upload is remembered, to answer repeated chunks.")
     min_free_space = Setting("storage", _size, "100M",
         "New uploads are refused when they would leave less free space than this.")
@@ -1068,48 +1070,298 @@ def printable(text: str) -> str:
     return f'"{text}"'
 
 
-# ---- store ---------------------------------------------------------------------------
-# Law: recorded bytes are never rewritten, nothing is written after publication, and a
-# file appears under its name whole or not at all.  All state is on disk, under locks
-# that hold between threads and processes; what this process remembers is only what it
-# read.
+# ---- upload --------------------------------------------------------------------------
+# Law: pure.  What the lines of a ledger say of one sender's upload, and what may be
+# done with it: lines in, answers out.  Nothing here reads, writes, waits or asks the
+# time.
 #
-# An unfinished upload is <key>-<generation>.data, written in place, and <key>.ledger,
-# an append-only text of which a line counts when it is whole and its checksum is right.
-# When the file is published the ledger stays as the receipt.  A body that can't be
-# written in place (the whole file in one chunk, or a second attempt at a range that is
-# being written) goes to a private <token>-<n>.part first; <token>.live is locked by the
-# process whose parts those are, so that whoever starts later knows the dead ones, and a
-# share of <key>.busy by each process that has bodies of an upload under way.
-
-BLOCK_SIZE = 256 * 1024
-_IDLE_LEDGERS = 64  # kept open between the chunks of their uploads
-_NOTE_SECONDS = 120  # what comes again after this long is no retry: a new sending
-_OUT_OF_ORDER_SECONDS = 10  # chunks of one sending may overtake the first one by this
-_LONG_RECEIPT_SIZE = 4 << 20  # bytes beside those of the upload itself: not kept long
-_LONG_RECEIPT_SECONDS = 3600
-_QUIET_SECONDS = 120  # after this long whoever had another version has given up
+# | the upload is          | a test asks   | a chunk comes                  | DELETE   |
+# |------------------------|---------------|--------------------------------|----------|
+# | unknown                | send it       | opens it                       | -        |
+# | unfinished             | may_skip(),   | what is missing is stored, the | drops it |
+# |                        | is_sample()   | rest compared: on_difference() |          |
+# | complete, not named    | send it       | the same, and finishes it      | drops it |
+# | finished               | send it       | compared: begins_anew()        | -        |
+# | finished, file changed | send it       | begins_anew()                  | -        |
+# | finished, no receipt   | send it       | opens it: it is unknown        | -        |
 
 
-class Folder(NamedTuple):
-    """An open folder; `fd` is None where files can't be named relative to one."""
+class Ranges:
+    """Disjoint ranges of bytes, sorted; neighbours are merged."""
 
-    fd: Optional[int]
+    def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
+        self._edges: List[int] = []  # a start, its end, the next start, ...
+        self.total = 0
+        for start, end in ranges:
+            self.add(start, end)
+
+    def __iter__(self) -> Iterator[Tuple[int, int]]:
+        return iter(self.within(0, self.end))
+
+    @property
+    def end(self) -> int:
+        """Where the last range ends."""
+        return self._edges[-1] if self._edges else 0
+
+    def add(self, start: int, end: int) -> None:
+        """Add what is not there yet of [start, end)."""
+        if start >= end:
+            return
+        self.total += sum(high - low for low, high in self.gaps(start, end))
+        first = bisect.bisect_left(self._edges, start)
+        last = bisect.bisect_right(self._edges, end)
+        # An odd place is inside of a range, or at its end: that range goes on.
+        self._edges[first:last] = [start][first % 2 :] + [end][last % 2 :]
+
+    def within(self, start: int, end: int) -> List[Tuple[int, int]]:
+        """Return what is there of [start, end), cut to it."""
+        first = bisect.bisect_right(self._edges, start) // 2 * 2
+        last = bisect.bisect_left(self._edges, end)
+        edges = self._edges[first : last + last % 2]
+        pairs = zip(edges[::2], edges[1::2])
+        return [(max(low, start), min(high, end)) for low, high in pairs]
+
+    def gaps(self, start: int, end: int) -> List[Tuple[int, int]]:
+        """Return what is missing of [start, end)."""
+        missing = []
+        for low, high in self.within(start, end):
+            if start < low:
+                missing.append((start, low))
+            start = high
+        return missing + [(start, end)] if start < end else missing
+
+
+class Upload(NamedTuple):
+    """What names an upload; `path` is relative to upload_dir and safe already."""
+
+    key: str
     path: str
+    size: int  # of the whole file, in bytes
+    owner: str = ""
+    identifier: str = ""
+    relative_path: str = ""  # as the client wrote it
+    is_secret: bool = False  # nobody else can know the identifier
+
+
+def upload_key(
+    owner: str, sender: str, identifier: str, relative_path: str, size: int
+) -> str:
+    """Return the name on disk of an upload: a hash, nothing that a client wrote."""
+    text = json.dumps([owner, sender, identifier, relative_path, size])
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+class Done(NamedTuple):
+    """A finished file; `path` is absolute, `id` the same if it is announced twice."""
+
+    id: str
+    path: str
+    relative_path: str  # below upload_dir, with "/"
+    filename: str
+    size: int
+    owner: str
+    identifier: str
+    fields: Mapping[str, str]  # what else the client sent with the last chunk
+
+
+class Progress(NamedTuple):
+    """What is stored of an upload, in bytes; `done` when it is finished."""
+
+    received: int
+    size: int
+    done: Optional[Done] = None
+    is_new: bool = False  # whether this very request finished it
+    began: float = 0.0  # the clock when its first chunk was whole; 0 if with this one
+
+
+class _Place(NamedTuple):
+    """Where a file goes, or went, and how to know it again."""
+
+    path: str  # below upload_dir
+    inode: int
+    fields: Mapping[str, str]
+    modified: int = 0  # nanoseconds, when it is there
+
+
+class _State:
+    """One version of a file on its way, as its lines tell it."""
+
+    def __init__(self, values: Mapping[str, Any] = types.MappingProxyType({})) -> None:
+        self.upload = Upload(*values.get("upload", ("", "", -1)))
+        self.generation: str = values.get("generation", "")  # "": it is unknown
+        self.supersedes: str = values.get("supersedes", "")  # a finished generation
+        self.is_kept: bool = values.get("kept", False)  # also without a byte
+        self.boot: str = values.get("boot", "")  # of the machine, if nothing is flushed
+        self.began: float = values.get("time", 0.0)
+        self.ranges = Ranges()  # recorded
+        self.claims: Dict[
+            str, Tuple[int, int]
+        ] = {}  # by body: its process stands first
+        self.void: Set[str] = set()  # bodies that others have overwritten
+        self.intents: List[_Place] = []
+        self.finished: Optional[_Place] = None
+        self.is_announced = False
+        self.came_again = False
+
+    def after(self, kind: str, *values: Any) -> _State:
+        """Return the state after one more line: this one, or that of a new upload."""
+        if kind == "upload":
+            return _State(*values)
+        _LINES[kind](self, *values)
+        return self
+
+    def add_range(self, start: int, end: int) -> None:
+        """These bytes are on the disk, and will never be written again."""
+        self.ranges.add(start, end)
+        for body, claim in list(self.claims.items()):
+            if not self.ranges.gaps(*claim):
+                del self.claims[body]
+
+    def add_claim(self, body: str, start: int, end: int) -> None:
+        """A body is about to write there; an empty claim ends it.
+
+        What bodies of other processes write there is void from now on: the last attempt
+        is the one that its client still waits for.
+        """
+        self.claims.pop(body, None)
+        for other, (low, high) in list(self.claims.items()):
+            is_elsewhere = other.partition("-")[0] != body.partition("-")[0]
+            if is_elsewhere and low < end and start < high:
+                del self.claims[other]
+                self.void.add(other)
+        if start < end:
+            self.claims[body] = (start, end)
+
+    def receipt(self) -> List[Tuple[Any, ...]]:
+        """Return the lines that say what must be known of a finished upload."""
+        assert self.finished is not None
+        names = {"upload": self.upload, "generation": self.generation}
+        lines: List[Tuple[Any, ...]] = [("upload", {**names, "time": self.began})]
+        lines += [("range", 0, self.upload.size), ("finished", *self.finished)]
+        lines += [("announced",)] * self.is_announced
+        return lines + [("again",)] * self.came_again
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every byte is recorded."""
+        return self.ranges.total == self.upload.size
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether it was begun and has no end yet."""
+        return bool(self.generation) and self.finished is None
+
+    def is_intact(self, status: Optional[os.stat_result]) -> bool:
+        """Say whether the file of its name is still the one that was published."""
+        if status is None or self.finished is None:
+            return False
+        was = (self.upload.size, self.finished.inode, self.finished.modified)
+        return was == (status.st_size, status.st_ino, status.st_mtime_ns)
+
+    def told(self) -> List[Tuple[int, int]]:
+        """Return the ranges that need not be sent.
+
+        Unless the identifier is secret, the first byte and the last one stored are
+        asked for again: samples, which show whether the file is still the same.
+        """
+        if self.upload.is_secret:
+            return list(self.ranges)
+        return self.ranges.within(1, self.ranges.end - 1)
+
+    def may_skip(self, start: int, end: int) -> bool:
+        """Say whether [start, end) need not be sent."""
+        return self._is_here(start, end) and not self.is_sample(start, end)
+
+    def is_sample(self, start: int, end: int) -> bool:
+        """Say whether recorded bytes are asked for again, as told() does."""
+        is_first_or_last = start < 1 or end > self.ranges.end - 1
+        is_known_by_name = not self.upload.is_secret
+        return is_first_or_last and is_known_by_name and self._is_here(start, end)
+
+    def _is_here(self, start: int, end: int) -> bool:
+        # When nothing is missing any more a chunk must come all the same, and finish.
+        is_open = self.is_unfinished and not self.is_complete
+        return is_open and start < end and not self.ranges.gaps(start, end)
+
+    def follows(self, generation: str) -> bool:
+        """Say whether a chunk that was sent after the end of a generation goes here.
+
+        Also when another chunk of the same sending has begun a new version meanwhile.
+        """
+        return generation in (self.generation, self.supersedes)
+
+    def on_difference(
+        self, start: int, end: int, missing: Iterable[Tuple[int, int]]
+    ) -> FlowError:
+        """Return what to tell of bytes [start, end) that are not those recorded.
+
+        A Conflict means as well that the upload is dropped: the next try begins afresh.
+        What was `missing` when the body began came from two attempts at one time: which
+        one is right shows when it is sent again, and compared.
+        """
+        is_late = any(low < end and start < high for low, high in missing)
+        return Trouble(_UNDONE) if is_late or self.finished else Conflict(_CHANGED)
+
+    def begins_anew(self, is_same: bool, is_whole: bool, is_after: bool) -> bool:
+        """Say whether a new upload begins with a chunk of this finished one.
+
+        It does not when the chunk `is_same` as in the file.  After something had come
+        again, nobody can tell what of that belongs to which version: Conflict, which
+        means as well that the receipt is dropped.  Raises Trouble when it was not sent
+        after the end (`is_after`): sent again, it is compared.
+        """
+        if is_same or is_whole:
+            return not is_same
+        if not is_after:
+            raise Trouble(_UNDONE)
+        if self.came_again:
+            raise Conflict(_CHANGED)
+        return True
+
+
+_LINES: Mapping[str, Callable[..., None]] = {
+    "range": _State.add_range,
+    "claim": _State.add_claim,
+    # The data file is about to get this name.
+    "publish": lambda state, *place: state.intents.append(_Place(*place)),
+    # It has its name, and is never written again.
+    "finished": lambda state, *place: setattr(state, "finished", _Place(*place)),
+    # on_complete has returned.
+    "announced": lambda state: setattr(state, "is_announced", True),
+    # Something came once more after the end, and was equal.
+    "again": lambda state: setattr(state, "came_again", True),
+}
+
+_CHANGED = "This file has changed since it was sent last; please send it once more."
+_UNDONE = "Another attempt at this chunk was under way; please send it again."
+_CANCELLED = "This upload was cancelled while the chunk was under way."
+
+
+# ---- disk ----------------------------------------------------------------------------
+# Law: every call of the store to the operating system, one method each, so that a test
+# can stop at each one; and what it may report, in sentences.  Nothing here knows what
+# an upload is.
+
+BLOCK_SIZE = 256 * 1024  # bytes that are read, compared or copied at one time
 
 
 class Disk:
-    """Every call of the store to the operating system, so that a test can stop at each.
+    """The operating system, as the store needs it.
 
-    With `sync` off, flush() and flush_folder() do nothing.
+    With `sync` off, flush() and flush_names() do nothing.  Store turns `links` off
+    where the file system has none.
     """
+
+    close = staticmethod(os.close)
+    truncate = staticmethod(os.ftruncate)
+    stat = staticmethod(os.fstat)
+    list = staticmethod(os.listdir)
+    touch = staticmethod(os.utime)
 
     def __init__(self, sync: bool = True) -> None:
         self.sync = sync
         self.unlinks_open = os.name != "nt"  # and renames: files that are open
-        self.shares_locks = os.name != "nt"
-        self.links = hasattr(os, "link") and self.unlinks_open
-        self._relative = os.open in os.supports_dir_fd and os.link in os.supports_dir_fd
+        self.links = hasattr(os, "link") and self.unlinks_open  # a file has two names
         self._flock = _find_file_lock()
         self._positioned = hasattr(os, "pwrite")
 
@@ -1119,15 +1371,11 @@ class Disk:
         """Return a descriptor; files are made with the mode that the umask leaves."""
         return os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
 
-    def close(self, fd: int) -> None:
-        """Close a descriptor."""
-        os.close(fd)
-
     def read(self, fd: int, size: int, offset: int) -> bytes:
-        """Return up to `size` bytes from `offset`; fewer only at the file's end."""
+        """Return `size` bytes from `offset`; fewer only at the file's end."""
         blocks = []
         while size > 0:
-            block = self._read_once(fd, min(size, 1 << 24), offset)
+            block = self.read_once(fd, min(size, 1 << 24), offset)
             if not block:
                 break
             blocks.append(block)
@@ -1135,7 +1383,8 @@ class Disk:
             offset += len(block)
         return blocks[0] if len(blocks) == 1 else b"".join(blocks)
 
-    def _read_once(self, fd: int, size: int, offset: int) -> bytes:
+    def read_once(self, fd: int, size: int, offset: int) -> bytes:
+        """Return what one call reads from `offset`: at most `size` bytes."""
         if self._positioned:
             return os.pread(fd, size, offset)
         os.lseek(fd, offset, os.SEEK_SET)
@@ -1145,19 +1394,13 @@ class Disk:
         """Write all of `block` at `offset`."""
         view = memoryview(block)
         while view:
-            written = self._write_once(fd, view, offset)
+            if self._positioned:
+                written = os.pwrite(fd, view, offset)
+            else:
+                os.lseek(fd, offset, os.SEEK_SET)
+                written = os.write(fd, view)
             view = view[written:]
             offset += written
-
-    def _write_once(self, fd: int, view: memoryview, offset: int) -> int:
-        if self._positioned:
-            return os.pwrite(fd, view, offset)
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.write(fd, view)
-
-    def truncate(self, fd: int, size: int) -> None:
-        """Cut the file to `size` bytes."""
-        os.ftruncate(fd, size)
 
     def flush(self, fd: int) -> None:
         """Return when the file's bytes are on the disk, whatever the power does."""
@@ -1171,9 +1414,7 @@ class Disk:
                 return
         (getattr(os, "fdatasync", None) or os.fsync)(fd)
 
-    def stat(self, fd: int) -> os.stat_result:
-        """Return what is known of an open file."""
-        return os.fstat(fd)
+    # Names
 
     def stat_path(self, path: str) -> Optional[os.stat_result]:
         """Return what is known of a file, or None; links are not followed."""
@@ -1188,10 +1429,21 @@ class Disk:
             _patiently(os.unlink, path)
 
     def rename(self, source: str, target: str) -> None:
-        """Give a file of ours another name of ours."""
+        """Give a file another name, in place of the file that may have it."""
         _patiently(os.replace, source, target)
 
-    # Folders
+    def publish(self, source: str, target: str) -> None:
+        """Give a file its final name; raises FileExistsError, never overwrites.
+
+        Where files can have two names it keeps its old one, too.
+        """
+        if self.links:
+            os.link(source, target)
+        elif self.unlinks_open and os.path.lexists(target):
+            # Only under the lock of names: this system has no rename that refuses.
+            raise FileExistsError(errno.EEXIST, "exists", target)
+        else:
+            _patiently(os.rename, source, target)
 
     def make_folder(self, path: str, mode: int = 0o777) -> bool:
         """Make a folder; return False when there was something of that name."""
@@ -1201,66 +1453,16 @@ class Disk:
             return False
         return True
 
-    def open_folder(self, path: str) -> Folder:
-        """Open a folder that must exist and not be a symbolic link.
+    def flush_names(self, path: str) -> None:
+        """Return when the names in a folder are on the disk; Windows can't be asked."""
+        if self.sync and self.unlinks_open:
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
-        Raises NotADirectoryError, also for a link.
-        """
-        if not self._relative:
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
-                raise NotADirectoryError(errno.ENOTDIR, "not a folder", path)
-            return Folder(None, path)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise NotADirectoryError(errno.ENOTDIR, "not a folder", path) from error
-            raise
-        return Folder(fd, path)
-
-    def close_folder(self, folder: Folder) -> None:
-        """Close what open_folder() opened."""
-        if folder.fd is not None:
-            os.close(folder.fd)
-
-    def flush_folder(self, folder: Folder) -> None:
-        """Return when the names in the folder are on the disk."""
-        if self.sync and folder.fd is not None:
-            os.fsync(folder.fd)
-
-    def list(self, path: str) -> List[str]:
-        """Return the names in a folder."""
-        return os.listdir(path)
-
-    # Publication
-
-    def publish(self, source: str, folder: Folder, name: str) -> bool:
-        """Give a file its final name; raises FileExistsError, never overwrites.
-
-        Returns whether the old name is still there, too.
-        """
-        target = os.path.join(folder.path, name)
-        if self.links:
-            os.link(source, target if folder.fd is None else name, dst_dir_fd=folder.fd)
-            return True
-        if self.unlinks_open and os.path.lexists(target):
-            # Only under the lock of names: this system has no rename that refuses.
-            raise FileExistsError(errno.EEXIST, "exists", target)
-        _patiently(os.rename, source, target)
-        return False
-
-    def replace(self, source: str, folder: Folder, name: str) -> None:
-        """Give a file its final name in place of the file that may have it."""
-        _patiently(os.replace, source, os.path.join(folder.path, name))
-
-    def named(self, folder: Folder, name: str) -> Optional[os.stat_result]:
-        """Return what is known of the file of this name, None when there is none."""
-        try:
-            if folder.fd is not None:
-                return os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
-            return os.lstat(os.path.join(folder.path, name))
-        except FileNotFoundError:
-            return None
+    # The machine
 
     def free_space(self, path: str) -> int:
         """Return the bytes that can still be written."""
@@ -1286,12 +1488,6 @@ class Disk:
     def unlock(self, fd: int) -> None:
         """Give a lock back; close() does not while a forked child has the file, too."""
         self._flock(fd, False, False)
-
-    def share_lock(self, fd: int) -> None:
-        """Wait for a share of the lock of an open file; needs `shares_locks`."""
-        import fcntl
-
-        fcntl.flock(fd, fcntl.LOCK_SH)
 
 
 def _find_file_lock() -> Callable[[int, bool, bool], bool]:
@@ -1344,303 +1540,8 @@ def _patiently(call: Callable[..., None], *arguments: str) -> None:
     return call(*arguments)
 
 
-class Ranges:
-    """Disjoint ranges of bytes, sorted; neighbours are merged."""
-
-    def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
-        self._starts: List[int] = []
-        self._ends: List[int] = []
-        self.total = 0
-        for start, end in ranges:
-            self.add(start, end)
-
-    def __iter__(self) -> Iterator[Tuple[int, int]]:
-        return iter(zip(self._starts, self._ends))
-
-    @property
-    def end(self) -> int:
-        """Where the last range ends."""
-        return self._ends[-1] if self._ends else 0
-
-    def add(self, start: int, end: int) -> None:
-        """Add what is not there yet of [start, end)."""
-        if start >= end:
-            return
-        first = bisect.bisect_left(self._ends, start)
-        last = bisect.bisect_right(self._starts, end)
-        if first < last:  # touches or overlaps these: they become one
-            start = min(start, self._starts[first])
-            end = max(end, self._ends[last - 1])
-        joined = range(first, last)
-        self.total += end - start - sum(self._ends[i] - self._starts[i] for i in joined)
-        self._starts[first:last] = [start]
-        self._ends[first:last] = [end]
-
-    def within(self, start: int, end: int) -> List[Tuple[int, int]]:
-        """Return what is there of [start, end), cut to it."""
-        found = []
-        index = bisect.bisect_right(self._ends, start)
-        while index < len(self._starts) and self._starts[index] < end:
-            low, high = max(self._starts[index], start), min(self._ends[index], end)
-            found.append((low, high))
-            index += 1
-        return found
-
-    def gaps(self, start: int, end: int) -> List[Tuple[int, int]]:
-        """Return what is missing of [start, end)."""
-        missing = []
-        for low, high in self.within(start, end):
-            if start < low:
-                missing.append((start, low))
-            start = high
-        return missing + [(start, end)] if start < end else missing
-
-
-class Upload(NamedTuple):
-    """What names an upload; `path` is relative to upload_dir and safe already."""
-
-    key: str
-    path: str
-    size: int
-    owner: str = ""
-    identifier: str = ""
-    relative_path: str = ""  # as the client wrote it
-
-
-def upload_key(owner: str, identifier: str, relative_path: str, size: int) -> str:
-    """Return the name on disk of an upload: a hash, nothing that a client wrote."""
-    text = json.dumps([owner, identifier, relative_path, size])
-    return hashlib.sha256(text.encode()).hexdigest()[:40]
-
-
-class Done(NamedTuple):
-    """A finished file; `path` is absolute, `id` the same if it is announced twice."""
-
-    id: str
-    path: str
-    relative_path: str  # below upload_dir, with "/"
-    filename: str
-    size: int
-    owner: str
-    identifier: str
-    fields: Mapping[str, str]  # what else the client sent with the last chunk
-
-
-class Progress(NamedTuple):
-    """What is stored of an upload, in bytes; `done` when it is finished."""
-
-    received: int
-    size: int
-    done: Optional[Done] = None
-    is_new: bool = False  # whether this very request finished it
-    began: float = 0.0  # the clock when its first byte came; 0 if with this request
-
-
-class _Finished(NamedTuple):
-    """What a receipt says: where the file went, and how to know it again."""
-
-    path: str  # below upload_dir
-    size: int
-    inode: int
-    modified: int  # nanoseconds
-    token: str  # of the process that finished it, when its end must be announced
-    last: Tuple[int, int, str]  # the range that made it complete, and its sender
-    fields: Mapping[str, str]
-
-
-class _Note(NamedTuple):
-    """A range that came again after the end, and was equal to the file's."""
-
-    start: int
-    end: int
-    sender: str
-    time: float
-    is_retry: bool  # the last chunk, maybe because its answer was lost
-
-
-class _Ledger:
-    """One upload as this process has read it; valid under the store's lock."""
-
-    def __init__(self, key: str, fd: int) -> None:
-        self.key = key
-        self.fd = fd
-        self.mutex = threading.Lock()
-        self.flushing = threading.Lock()
-        self.users = 0
-        self.data_fd: Optional[int] = None
-        self.retired_fds: List[int] = []
-        self.is_home = False  # this process holds the lock of the data file
-        self.attempts: List[_InPlace] = []
-        self.head = b""  # how the file begins, where a dead one can't be unlinked
-        self.offset = 0  # bytes of whole lines read
-        self.flushed = 0  # bytes of them known to be on the disk
-        self.writes = 0  # to the data file, by this process
-        self.flushed_writes = 0
-        self.failed_flushes = 0  # of the data file
-        self.is_suspect = False  # a flush of the lines failed
-        self.is_named = False  # its name is known to be on the disk
-        self.is_torn = False  # what follows `offset` is no line
-        self.is_dead = False  # forgotten; whoever wants this upload opens it anew
-        self.begin({})
-
-    def begin(self, values: Mapping[str, Any]) -> None:
-        """A new upload begins, with `ranges` taken over from the finished one."""
-        self.retire_data()
-        self.begun, self.own_size = self.offset, 0  # of its lines until it is finished
-        self.published_fd: Optional[int] = None  # of the finished file, if it is open
-        self.upload = Upload(*values.get("upload", [self.key, "", -1]))
-        self.generation: str = values.get("generation", "")
-        self.opener: str = values.get("sender", "")
-        self.boot: str = values.get("boot", "")
-        self.began: float = values.get("time", 0.0)
-        self.ranges = Ranges(values.get("ranges", ()))  # recorded
-        self.sent: Dict[str, Ranges] = {}  # recorded or compared equal, by sender
-        # Senders of another version, and where in the ledger that is said.
-        self.refused = dict.fromkeys(values.get("refused", ()), self.offset)
-        # Whose bytes were forgotten with another's; they must begin once more.
-        self.forgotten = set(values.get("forgotten", ()))
-        self.cuts: Dict[str, Ranges] = {}  # of bodies that broke off, by sender
-        self.went_on: Set[str] = set()  # who stored bytes after that
-        self.intents: List[Tuple[str, int, Dict[str, str]]] = []
-        self.finished: Optional[_Finished] = None
-        self.is_announced = False
-        self.notes: Dict[str, List[_Note]] = {}  # by sender
-        self.noted: Dict[str, Ranges] = {}  # the ranges of these
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every byte is recorded."""
-        return self.ranges.total == self.upload.size
-
-    def is_sent_again(self, since: float) -> bool:
-        """Whether somebody is in the middle of sending the finished file once more."""
-        return any(
-            notes[-1].time > since and self.noted[sender].total < self.upload.size
-            for sender, notes in self.notes.items()
-        )
-
-    @property
-    def is_one_version(self) -> bool:
-        """Whether somebody has sent every byte, so that nothing can be mixed."""
-        size = self.upload.size
-        return size == 0 or any(sent.total == size for sent in self.sent.values())
-
-    @property
-    def is_contested(self) -> bool:
-        """Whether a sender of another version has stored bytes, too."""
-        return any(sender in self.sent for sender in self.refused)
-
-    @property
-    def doubtful(self) -> Set[str]:
-        """Who stored bytes, and had a body break off that might have differed."""
-        return {
-            sender
-            for sender, cut in self.cuts.items()
-            if sender in self.sent and any(self.sent[sender].gaps(*one) for one in cut)
-        }
-
-    def retire_data(self) -> None:
-        """Let another data file be opened; who still reads this one may go on."""
-        if self.data_fd is not None:
-            self.retired_fds.append(self.data_fd)
-        self.data_fd, self.is_home = None, False
-
-    def read_lines(self, text: bytes) -> None:
-        """Take the lines that follow `offset`, up to the first that is not whole."""
-        for line in text.splitlines(keepends=True):
-            values = _parse_line(line)
-            if values is None:
-                return
-            self.offset += len(line)
-            _LINES[values[0]](self, *values[1:])
-
-    def add_range(self, start: int, end: int, sender: str) -> None:
-        """A range is stored."""
-        self.ranges.add(start, end)
-        self.add_sent(start, end, sender)
-        if sender in self.cuts:
-            self.went_on.add(sender)
-
-    def add_sent(self, start: int, end: int, sender: str) -> None:
-        """A sender has sent a range, and it is what is stored."""
-        self.sent.setdefault(sender, Ranges()).add(start, end)
-        if start == 0:
-            self.forgotten.discard(sender)
-
-    def add_merge(self, start: int, end: int) -> None:
-        """Bytes that were not recorded are about to be overwritten."""
-        for attempt in self.attempts:
-            attempt.overtaken(start, end)
-
-    def add_refused(self, sender: str) -> None:
-        """A sender has another version."""
-        self.refused[sender] = self.offset
-
-    def add_cut(self, start: int, end: int, sender: str) -> None:
-        """A body broke off: nobody knows whether it was of this version."""
-        self.cuts.setdefault(sender, Ranges()).add(start, end)
-
-    def add_intent(self, path: str, inode: int, fields: Dict[str, str]) -> None:
-        """The data file, which is this inode, is about to get this name."""
-        self.intents.append((path, inode, fields))
-
-    def finish(self, values: Mapping[str, Any]) -> None:
-        """The file has its name."""
-        self.finished = _Finished(**dict(values, last=tuple(values["last"])))
-        self.is_announced = not self.finished.token
-        self.own_size = self.offset - self.begun
-        self.published_fd = self.data_fd
-        self.retire_data()  # nobody may take it for what can be written to
-
-    def announce(self) -> None:
-        """on_complete has returned."""
-        self.is_announced = True
-
-    def add_note(self, *values: Any) -> None:
-        """A range came again and was equal."""
-        note = _Note(*values)
-        self.notes.setdefault(note.sender, []).append(note)
-        self.noted.setdefault(note.sender, Ranges()).add(note.start, note.end)
-
-    def drop_notes(self, sender: str) -> None:
-        """This sender has begun to send the file once more."""
-        self.notes.pop(sender, None)
-        self.noted.pop(sender, None)
-
-
-_LINES: Mapping[str, Callable[..., None]] = {
-    "upload": _Ledger.begin,
-    "range": _Ledger.add_range,
-    "sent": _Ledger.add_sent,
-    "merge": _Ledger.add_merge,
-    "refused": _Ledger.add_refused,
-    "cut": _Ledger.add_cut,
-    "publish": _Ledger.add_intent,
-    "finished": _Ledger.finish,
-    "announced": _Ledger.announce,
-    "note": _Ledger.add_note,
-    "afresh": _Ledger.drop_notes,
-}
-
-
-_compact_json = json.JSONEncoder(separators=(",", ":")).encode
-
-
-def _ledger_line(*values: Any) -> bytes:
-    text = _compact_json(values).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
-
-
-def _parse_line(line: bytes) -> Optional[List[Any]]:
-    """Return the values of a line, None when it is torn or not one of ours."""
-    if not line.endswith(b"\n") or b"%08x" % zlib.crc32(line[9:-1]) != line[:8]:
-        return None
-    values: List[Any] = json.loads(line[9:])
-    return values
-
-
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """Turn an error of the operating system into a sentence for people."""
     try:
         yield
@@ -1669,97 +1570,275 @@ _SENTENCES = {
 }
 
 
-class _Process:
-    """This process among those of one temp folder: its locked token, its parts."""
+# ---- ledgers -------------------------------------------------------------------------
+# Law: what is known of an upload is in its ledger, and changes only under the lock of
+# that file, which holds between threads and processes; what is remembered here is only
+# what was read there.  Bytes are flushed before the line that says that they are there,
+# and names before lines.  A line counts when it is whole and its checksum, which goes
+# on from that of the line before, is right.
+#
+# The state folder holds <key>.ledger, an append-only text; <key>-<generation>.data, the
+# bytes of an unfinished upload, each at its place; and private files, <random>.part.
+
+_RECENT_LEDGERS = 64  # stay open between the chunks of their uploads
+_PAGE_SIZE = 4096  # a ledger takes no less on most disks; few read more of it at a time
+
+
+class _File:
+    """A file of ours, which threads flush together, and Windows renames when closed."""
+
+    def __init__(self, disk: Disk, path: str, flags: int = os.O_RDWR) -> None:
+        self.disk = disk
+        self.path = path
+        self.failures = 0  # flushes that failed; what they covered may be lost
+        self.fd = -1  # while it is closed
+        self.fd = disk.open(path, flags)
+        self._flushing = threading.Lock()
+        self._writes = self._flushed = 0  # of this process
+
+    def opened(self) -> int:
+        """Return its descriptor; it is opened again when it was closed."""
+        if self.fd < 0:
+            self.fd = self.disk.open(self.path, os.O_RDWR)
+        return self.fd
+
+    def write(self, block: Union[bytes, memoryview], offset: int) -> None:
+        """Write a block; one thread at a time."""
+        self.disk.write(self.fd, block, offset)
+        self._writes += 1
+
+    def flush(self) -> None:
+        """Return when the bytes so far are on the disk; threads share a flush."""
+        wanted = self._writes
+        with self._flushing:
+            if self._flushed < wanted:
+                reached = self._writes
+                if self.failures:
+                    self._write_again()
+                try:
+                    self.disk.flush(self.fd)
+                except OSError:
+                    self.failures += 1
+                    raise
+                self._flushed = reached
+
+    def _write_again(self) -> None:
+        """Write what a flush may have lost, if that is known."""
+
+    def close(self) -> None:
+        """Close it, for good or until it is asked for again."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            self.disk.close(fd)
+
+    __del__ = close
+
+
+class _Ledger(_File):
+    """One upload as this process has read it; `state` is valid under the lock."""
+
+    def __init__(self, disk: Disk, folder: str, key: str, flags: int) -> None:
+        super().__init__(disk, os.path.join(folder, key + ".ledger"), flags)
+        self.folder = folder
+        self.key = key
+        self.mutex = threading.Lock()
+        self.state = _State()
+        self.bodies: List[Body] = []  # of this process, that write or compare in place
+        self.is_dead = False  # dropped: whoever wants this upload opens it anew
+        self.is_named = False  # the names in the folder are on the disk
+        self._datas: Dict[str, _File] = {}  # that are open, by generation
+        self._size = 0  # bytes of whole lines read
+        self._last = b""  # the last line
+        self._check = 0  # its checksum
+
+    def data_path(self, generation: str) -> str:
+        """Return where the bytes of a generation are."""
+        return os.path.join(self.folder, f"{self.key}-{generation}.data")
+
+    def data(self) -> _File:
+        """Return the bytes of the present state; never makes the file."""
+        generation = self.state.generation
+        if generation not in self._datas:
+            if self.state.finished:  # and had to be closed for that (Windows)
+                raise Trouble(_UNDONE)
+            path = self.data_path(generation)
+            self._datas[generation] = _File(self.disk, path)
+        return self._datas[generation]
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the upload's lock, between threads and processes, and know its state."""
+        with self.mutex:
+            self.disk.lock(self.fd)
+            try:
+                self._refresh()
+                yield
+            finally:
+                self.disk.unlock(self.fd)
+
+    def _refresh(self) -> None:
+        """Read what others have written, or that they have dropped it.
+
+        One call tells both: the last line that is known must stand where it stood.
+        """
+        known = len(self._last)
+        text = self.disk.read_once(self.fd, known + _PAGE_SIZE, self._size - known)
+        if not text.startswith(self._last):
+            self.is_dead = True
+        elif not self._size and not self.disk.stat(self.fd).st_nlink:
+            self.is_dead = True  # removed between being opened and being locked
+        elif len(text) > known:
+            if len(text) == known + _PAGE_SIZE:
+                text += self.disk.read(self.fd, sys.maxsize, self._size + _PAGE_SIZE)
+            self._take(text[known:])
+
+    def _take(self, text: bytes) -> None:
+        """Take the lines that follow, up to the first that does not count."""
+        for line in text.splitlines(keepends=True):
+            check = zlib.crc32(line[9:-1], self._check)
+            if not line.endswith(b"\n") or line[:8] != b"%08x" % check:
+                return
+            self.state = self.state.after(*json.loads(line[9:]))
+            self._size, self._last, self._check = self._size + len(line), line, check
+            self._writes += 1  # by whomever: nobody here has flushed it
+
+    def append(self, *lines: Sequence[Any]) -> None:
+        """Write lines, over what does not count, and take them as read."""
+        text, check = b"", self._check
+        for values in lines:
+            line = _compact_json(values).encode()
+            check = zlib.crc32(line, check)
+            text += b"%08x %s\n" % (check, line)
+        self.write(text, self._size)
+        self._take(text)
+
+    def flush(self) -> None:
+        """Return when the lines so far are on the disk, and the names of the files."""
+        super().flush()
+        if not self.is_named:
+            self.disk.flush_names(self.folder)
+            self.is_named = True
+
+    def _write_again(self) -> None:
+        self.disk.write(self.fd, self.disk.read(self.fd, self._size, 0), 0)
+
+    def empty(self) -> None:
+        """Drop the upload: whoever has its ledger open will see that it is over."""
+        self.is_dead = True
+        if self._size:
+            self.disk.truncate(self.fd, 0)
+        if self.disk.unlinks_open:
+            self.disk.unlink(self.path)
+        else:
+            self.close_data()
+
+    def cut_down(self) -> None:
+        """Keep of a finished upload what a receipt needs, when that is much less.
+
+        A crash in between loses the receipt, and nothing else.
+        """
+        if self._size > _PAGE_SIZE:
+            lines = self.state.receipt()
+            self.disk.truncate(self.fd, 0)
+            self._size, self._last, self._check = 0, b"", 0
+            self.append(*lines)
+            self.flush()
+
+    def leave(self, body: Body) -> None:
+        """Forget a body; the last one closes the files of bytes."""
+        with self.mutex:
+            self.bodies.remove(body)
+            if not self.bodies:
+                self.close_data()
+
+    def close_data(self) -> None:
+        """Close what is open of the bytes."""
+        for data in self._datas.values():
+            data.close()
+        self._datas.clear()
+
+
+_compact_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class _Ledgers:
+    """The ledgers that this process has open: one for each upload."""
 
     def __init__(self, disk: Disk, folder: str) -> None:
         self._disk = disk
         self._folder = folder
         self._mutex = threading.Lock()
         self._pid = os.getpid()
-        self._token = ""
-        self._fd = -1
-        self._count = 0
-        self._parts: Set[str] = set()  # those that somebody uses
-
-    def token(self) -> str:
-        """Return this process's token, whose file is locked as long as it lives."""
-        with self._mutex:
-            if self._pid != os.getpid():  # a forked child is a process itself
-                self._pid, self._token, self._parts = os.getpid(), "", set()
-            while not self._token:
-                token = secrets.token_hex(8)
-                path = self._path(token + ".live")
-                fd = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-                self._disk.lock(fd)
-                if self._disk.stat_path(path) is None:  # buried before it was locked
-                    self._disk.close(fd)
-                    continue
-                self._token, self._fd = token, fd
-            return self._token
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self._folder, name)
-
-    def is_alive(self, token: str) -> bool:
-        """Return whether the process of a token lives; bury it when it does not."""
-        if token == self.token():
-            return True
-        path = self._path(token + ".live")
-        try:
-            fd = self._disk.open(path, os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        try:
-            if not self._disk.try_lock(fd):
-                return True
-            if self._disk.unlinks_open:  # under the lock: it may be just beginning
-                self._disk.unlink(path)
-        finally:
-            self._disk.close(fd)
-        return False
-
-    def new_part(self) -> Tuple[str, int]:
-        """Make a private file; return its path and descriptor."""
-        token = self.token()
-        with self._mutex:
-            self._count += 1
-            name = f"{token}-{self._count}.part"
-            self._parts.add(name)
-        path = self._path(name)
-        try:
-            return path, self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        except OSError:
-            self.drop_part(path)
-            raise
-
-    def drop_part(self, path: str) -> None:
-        """Remove a private file; what can't be removed now is swept later."""
-        with self._mutex:
-            self._parts.discard(os.path.basename(path))
-        with contextlib.suppress(OSError):
-            self._disk.unlink(path)
-
-    def sweep(self, names: Sequence[str]) -> None:
-        """Remove what dead processes left, and parts of ours that nobody uses."""
-        alive: Dict[str, bool] = {}
-        for name in names:
-            if name.endswith((".live", ".part")) and name not in self._parts:
-                token = re.split("[-.]", name)[0]
-                with contextlib.suppress(OSError):  # the next sweep tries again
-                    if token not in alive:
-                        alive[token] = self.is_alive(token)
-                    is_left = token == self._token and name.endswith(".part")
-                    if is_left or not alive[token]:
-                        self._disk.unlink(self._path(name))
+        self._open: weakref.WeakValueDictionary[str, _Ledger]
+        self._recent: Deque[_Ledger]
+        self.close()
 
     def close(self) -> None:
-        """Give the token back."""
+        """Let go of what nobody uses at the moment."""
+        self._open = weakref.WeakValueDictionary()
+        self._recent = collections.deque(maxlen=_RECENT_LEDGERS)
+
+    def find(self, key: str, create: bool = False) -> Optional[_Ledger]:
+        """Return the ledger of an upload, None when there is none.
+
+        It is closed when nobody refers to it any more.
+        """
         with self._mutex:
-            if self._token and self._pid == os.getpid():
-                self._disk.close(self._fd)
-                self._disk.unlink(self._path(self._token + ".live"))
-                self._token = ""
+            if self._pid != os.getpid():  # forked: the locks are the parent's
+                self._pid = os.getpid()
+                self.close()
+            ledger = self._open.get(key)
+            # It may have been dropped; and somebody may have cleared the folder.
+            if ledger and (ledger.is_dead or not self._disk.stat(ledger.fd).st_nlink):
+                ledger = None
+            if ledger is None:
+                flags = os.O_RDWR | (os.O_CREAT if create else 0)
+                try:
+                    ledger = _Ledger(self._disk, self._folder, key, flags)
+                except FileNotFoundError:
+                    return None
+                self._open[key] = ledger
+            self._recent.append(ledger)
+            return ledger
+
+    @contextlib.contextmanager
+    def entered(self, key: str, create: bool = False) -> Iterator[Optional[_Ledger]]:
+        """Yield the ledger of an upload, locked; None when there is none."""
+        while True:
+            ledger = self.find(key, create)
+            if ledger is None:
+                yield None
+                return
+            with ledger.locked():
+                if not ledger.is_dead:
+                    try:
+                        yield ledger
+                    finally:
+                        if not ledger.state.generation:  # it was made for nothing
+                            ledger.empty()
+                    return
+
+
+# ---- publication ---------------------------------------------------------------------
+# Law: a file gets its name below upload_dir at once and whole, without a race, and in
+# place of another file only if on_conflict says so.  Folders are entered one by one,
+# and no link is followed.
+
+_PART_SECONDS = 3600  # a private file that nobody has written to for so long is left
+
+
+class _Part(_File):
+    """A private file for one body; what still has this name at the end is removed."""
+
+    def __init__(self, disk: Disk, folder: str) -> None:
+        path = os.path.join(folder, secrets.token_hex(8) + ".part")
+        super().__init__(disk, path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+    def remove(self) -> None:
+        """Let go of it."""
+        self.close()
+        with contextlib.suppress(OSError):  # what can't be removed now is swept
+            self.disk.unlink(self.path)
 
 
 class _Publisher:
@@ -1776,47 +1855,6 @@ class _Publisher:
         """Return the absolute path of a path below upload_dir."""
         return os.path.join(self.upload_dir, *relative.split("/"))
 
-    def stat(self, relative: str) -> Optional[os.stat_result]:
-        """Return what is known of a file below upload_dir, or None."""
-        return self.disk.stat_path(self.path(relative))
-
-    @contextlib.contextmanager
-    def opened(self, path: str) -> Iterator[Folder]:
-        """Open a folder for a while."""
-        folder = self.disk.open_folder(path)
-        try:
-            yield folder
-        finally:
-            self.disk.close_folder(folder)
-
-    def flush_folder(self, path: str) -> None:
-        """Return when the names in a folder are on the disk."""
-        if self.disk.sync:
-            with self.opened(path) as folder:
-                self.disk.flush_folder(folder)
-
-    @contextlib.contextmanager
-    def folder_of(self, relative: str) -> Iterator[Folder]:
-        """Open the folder of a file below upload_dir, made where it is missing."""
-        parent = self.upload_dir
-        for word in relative.split("/")[:-1]:
-            folder = os.path.join(parent, word)
-            is_new = self.disk.make_folder(folder)
-            status = self.disk.stat_path(folder)
-            if status is None or not stat.S_ISDIR(status.st_mode):
-                raise _no_folder(word)
-            if is_new or folder not in self._flushed:
-                self.flush_folder(parent)
-                if len(self._flushed) > 10000:
-                    self._flushed.clear()
-                self._flushed.add(folder)
-            parent = folder
-        if parent == self.upload_dir and not self.disk.sync:
-            yield Folder(None, parent)  # no client named it: a path will do
-            return
-        with self.opened(parent) as last:
-            yield last
-
     def refuse_early(self, upload: Upload, is_whole: bool) -> None:
         """Raise Conflict for what can be known before the bytes have travelled.
 
@@ -1824,46 +1862,73 @@ class _Publisher:
         """
         words = upload.path.split("/")
         for count in range(1, len(words)):
-            status = self.stat("/".join(words[:count]))
+            status = self.disk.stat_path(self.path("/".join(words[:count])))
             if status and not stat.S_ISDIR(status.st_mode):
                 raise _no_folder(words[count - 1])
         if self.policy == "refuse":
-            status = self.stat(upload.path)
+            status = self.disk.stat_path(self.path(upload.path))
             if status and not (is_whole and status.st_size == upload.size):
                 raise _taken(words[-1])
 
-    def choose(
-        self,
-        folder: Folder,
-        name: str,
-        descriptor: Callable[[], int],
-        give: Callable[[str], None],
-    ) -> str:
-        """Find a name as the policy says and `give` it; return the one it became.
+    def place(
+        self, file: _File, wanted: str, intend: Callable[[str], None]
+    ) -> Tuple[str, bool]:
+        """Name a file as the policy says; return the path, and whether that is new.
 
-        A file of that name with the same bytes is as good as ours: no second copy.
+        `intend` is told of each path before it is tried.  A file there with the same
+        bytes is as good as ours: no second copy.
         """
+        parent, slash, name = wanted.rpartition("/")
+        folder = self._make_folder(parent)
+        found = self._find_name(
+            file, folder, name, lambda n: intend(parent + slash + n)
+        )
+        self.disk.flush_names(folder)
+        return parent + slash + found[0], found[1]
+
+    def _make_folder(self, relative: str) -> str:
+        """Return the absolute path of a folder, made where it is missing."""
+        parent = self.upload_dir
+        for word in filter(None, relative.split("/")):
+            folder = os.path.join(parent, word)
+            is_new = self.disk.make_folder(folder)
+            status = self.disk.stat_path(folder)
+            if status is None or not stat.S_ISDIR(status.st_mode):
+                raise _no_folder(word)
+            if is_new or folder not in self._flushed:
+                self.disk.flush_names(parent)
+                if len(self._flushed) > 10000:
+                    self._flushed.clear()
+                self._flushed.add(folder)
+            parent = folder
+        return parent
+
+    def _find_name(
+        self, file: _File, folder: str, name: str, intend: Callable[[str], None]
+    ) -> Tuple[str, bool]:
         candidate = name
         while True:
-            existing = self.disk.named(folder, candidate)
-            if existing and self.is_same(descriptor(), folder, candidate, existing):
-                self.disk.flush_folder(folder)
-                return candidate
-            if existing is None or self.policy == "replace":
-                with contextlib.suppress(FileExistsError):
-                    give(candidate)
-                    self.disk.flush_folder(folder)
-                    return candidate
-            elif self.policy == "refuse":
+            target = os.path.join(folder, candidate)
+            if self.policy != "replace" or not self._is_same(file, target):
+                intend(candidate)
+                if self._give(file, target):
+                    return candidate, True
+            if self.policy == "replace" or self._is_same(file, target):
+                return candidate, False
+            if self.policy == "refuse":
                 raise _taken(name)
-            else:
-                candidate = self._free_number(folder, name)
+            number = self._last_number(folder, name)
+            # The same file, sent again because its answer was lost, took it just now.
+            last = numbered(name, number)
+            if number and self._is_same(file, os.path.join(folder, last)):
+                return last, False
+            candidate = numbered(name, number + 1)
 
-    def is_same(
-        self, fd: int, folder: Folder, name: str, existing: os.stat_result
-    ) -> bool:
-        """Return whether a file of that name is this one, or has its bytes."""
-        mine = self.disk.stat(fd)
+    def _is_same(self, file: _File, target: str) -> bool:
+        """Return whether the file of a name is this one, or has its bytes."""
+        existing, mine = self.disk.stat_path(target), self.disk.stat(file.opened())
+        if existing is None:
+            return False
         if (mine.st_ino, mine.st_dev) == (existing.st_ino, existing.st_dev):
             return True
         if mine.st_size != existing.st_size or not stat.S_ISREG(existing.st_mode):
@@ -1871,53 +1936,67 @@ class _Publisher:
         # Windows flushes only what may be written.
         flags = os.O_RDONLY if self.disk.unlinks_open else os.O_RDWR
         try:
-            other = self.disk.open(os.path.join(folder.path, name), flags)
+            other = self.disk.open(target, flags)
         except (FileNotFoundError, PermissionError):  # gone by now, or not ours
             return False
         try:
-            if not _are_equal(self.disk, fd, other, 0, mine.st_size):
+            if not are_equal(self.disk, file.fd, other, 0, mine.st_size):
                 return False
             self.disk.flush(other)  # nobody else may have done so
             return True
         finally:
             self.disk.close(other)
 
-    def _free_number(self, folder: Folder, name: str) -> str:
-        """Return a free numbered name in a logarithmic number of looks.
+    def _last_number(self, folder: str, name: str) -> int:
+        """Return the last number that is taken, in a logarithmic number of looks.
 
         Not from 1 each time: 10,000 files of one name would make the next one slow.
         """
+
+        def is_taken(number: int) -> bool:
+            path = os.path.join(folder, numbered(name, number))
+            return self.disk.stat_path(path) is not None
+
         low, high = 0, 1
-        while self.disk.named(folder, numbered(name, high)):
+        while is_taken(high):
             low, high = high, high * 2
         while high - low > 1:
             middle = (low + high) // 2
-            if self.disk.named(folder, numbered(name, middle)):
-                low = middle
+            low, high = (middle, high) if is_taken(middle) else (low, middle)
+        return low
+
+    def _give(self, file: _File, target: str) -> bool:
+        """Give a file of ours this name, unless it is taken and we do not replace."""
+        if not self.disk.unlinks_open:  # nor renames
+            file.close()
+        try:
+            if self.policy == "replace":
+                self.disk.rename(file.path, target)
+            elif self.disk.links or not self.disk.unlinks_open:
+                self.disk.publish(file.path, target)
             else:
-                high = middle
-        return numbered(name, high)
-
-    def give(self, source: str, folder: Folder, name: str) -> None:
-        """Give a file of ours this name; raises FileExistsError unless we replace."""
-        if self.policy == "replace":
-            try:
-                self.disk.replace(source, folder, name)
-            except (IsADirectoryError, NotADirectoryError) as error:
-                raise _taken(name) from error
-        elif self.disk.links or not self.disk.unlinks_open:
-            self.disk.publish(source, folder, name)
-        else:
-            fd = self.disk.open(self._lock, os.O_RDWR | os.O_CREAT)
-            try:
-                self.disk.lock(fd)
-                self.disk.publish(source, folder, name)
-            finally:
-                self.disk.unlock(fd)
-                self.disk.close(fd)
+                with lock_of(self.disk, self._lock):
+                    self.disk.publish(file.path, target)
+        except FileExistsError:
+            return False
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise _taken(os.path.basename(target)) from error
+        return True
 
 
-def _are_equal(disk: Disk, fd: int, other: int, start: int, end: int) -> bool:
+@contextlib.contextmanager
+def lock_of(disk: Disk, path: str) -> Iterator[int]:
+    """Hold the lock of a file, made where it is missing; yield its descriptor."""
+    fd = disk.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        disk.lock(fd)
+        yield fd
+    finally:
+        disk.unlock(fd)
+        disk.close(fd)
+
+
+def are_equal(disk: Disk, fd: int, other: int, start: int, end: int) -> bool:
     """Compare [start, end) of two open files."""
     for low in range(start, end, BLOCK_SIZE):
         size = min(BLOCK_SIZE, end - low)
@@ -1926,16 +2005,592 @@ def _are_equal(disk: Disk, fd: int, other: int, start: int, end: int) -> bool:
     return True
 
 
+def _no_folder(word: str) -> Conflict:
+    return Conflict(f"{printable(word)} is not a folder on the server.")
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(f"There is a file {printable(name)} already.")
+
+
+# ---- beginnings and ends -------------------------------------------------------------
+# Law: exactly one finish.  Whoever holds the lock of a complete upload names its file
+# and writes down that it has; only then is it announced, and answered.  What dies in
+# between is finished by the next chunk or sweep, which know the file by its inode.
+# <key>-<generation>.call is locked by whoever is inside of on_complete.
+
+_WAIT_SECONDS = 10.0  # for what may still differ, before a file gets its name
+
+
+class _Expected:
+    """What may still show that a file was changed: bodies under way, and samples."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._bodies: collections.Counter[str] = collections.Counter()  # by upload
+        self._samples: Dict[str, Dict[Tuple[int, int], float]] = {}  # waited for until
+
+    def ask(self, key: str, start: int, end: int) -> None:
+        """A test was told to send these recorded bytes once more."""
+        now = time.monotonic()
+        with self._change:
+            for other, samples in list(self._samples.items()):
+                if max(samples.values(), default=0.0) < now:  # they never came
+                    del self._samples[other]
+            self._samples.setdefault(key, {})[start, end] = now + _WAIT_SECONDS
+
+    def begin(self, key: str, start: int, end: int) -> None:
+        """A body is under way, and with it the samples of its range."""
+        with self._change:
+            self._bodies[key] += 1
+            samples = self._samples.get(key, {})
+            for low, high in list(samples):
+                if low < end and start < high:
+                    del samples[low, high]
+
+    def end(self, key: str) -> None:
+        """A body has ended, or all of it is recorded."""
+        with self._change:
+            self._bodies[key] -= 1
+            if not self._bodies[key]:
+                del self._bodies[key]
+            self._change.notify_all()
+
+    def wait(self, key: str) -> None:
+        """Return when nothing is expected any more, or after a while."""
+        until = time.monotonic() + _WAIT_SECONDS
+        with self._change:
+            while True:
+                samples = self._samples.get(key, {}).values()
+                end = until if self._bodies[key] else max(samples, default=0.0)
+                left = min(end, until) - time.monotonic()
+                if left <= 0:
+                    return
+                self._change.wait(left)
+
+
+class _Uploads:
+    """The beginnings and ends of uploads; most is to be called under their locks."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        folder: str,
+        publisher: _Publisher,
+        announce: Optional[Callable[[Done], None]],
+        clock: Callable[[], float],
+    ) -> None:
+        self.disk = disk
+        self.folder = folder
+        self.publisher = publisher
+        self.announce = announce
+        self.clock = clock
+        self.process = secrets.token_hex(4)
+        self.ledgers = _Ledgers(disk, folder)
+        self.expected = _Expected()
+        self.count = 0  # of unfinished uploads, in all processes, as far as is known
+        self._announced: Set[str] = set()  # generations of which no line could say so
+        self._mutex = threading.Lock()
+
+    @contextlib.contextmanager
+    def entered(self, key: str, create: bool = False) -> Iterator[Optional[_Ledger]]:
+        """Yield the ledger of an upload, locked; finish what a crash left named."""
+        with self.ledgers.entered(key, create) as ledger:
+            if ledger and ledger.state.is_unfinished and self.named(ledger.state):
+                self.finish(ledger, {})
+            yield ledger
+
+    # Beginnings
+
+    def begin(
+        self,
+        ledger: _Ledger,
+        upload: Upload,
+        part: Optional[_Part] = None,
+        is_kept: bool = False,
+    ) -> None:
+        """Open an upload, or a new version of a finished one; a part has its bytes."""
+        values = {
+            "version": 2,
+            "upload": upload,
+            "generation": secrets.token_hex(8),
+            "supersedes": ledger.state.generation,
+            "kept": is_kept,
+            "boot": "" if self.disk.sync else self.disk.boot_id(),
+            "time": self.clock(),
+        }
+        path = ledger.data_path(str(values["generation"]))
+        if part:
+            part.flush()
+            part.close()
+            self.disk.rename(part.path, path)
+        else:
+            _File(self.disk, path, os.O_RDWR | os.O_CREAT | os.O_EXCL).close()
+        ledger.is_named = False
+        ledger.append(("upload", values))
+        self._change_count(1)
+
+    def drop(self, ledger: _Ledger) -> None:
+        """Forget an upload, or a receipt; needs no free space."""
+        state = ledger.state
+        ledger.empty()
+        self.discard(ledger.data_path(state.generation))
+        if state.is_unfinished:
+            self._change_count(-1)
+
+    def discard(self, path: str) -> None:
+        """Remove a file that nobody needs; what can't be removed now is swept later."""
+        with contextlib.suppress(OSError):
+            self.disk.unlink(path)
+
+    def _change_count(self, change: int) -> None:
+        with self._mutex:
+            self.count = max(0, self.count + change)
+
+    # Ends
+
+    def conclude(
+        self, ledger: _Ledger, state: _State, is_alone: bool, fields: Mapping[str, str]
+    ) -> Progress:
+        """Make what was recorded durable; finish and announce what is complete.
+
+        Called without the lock; `is_alone` when no other body can differ.
+        """
+        ledger.flush()
+        is_new = False
+        if state.is_complete and not state.finished:
+            if not is_alone:
+                self.disk.try_lock(ledger.data().fd)  # no sweep elsewhere finishes it
+                self.expected.wait(ledger.key)
+            with self.entered(ledger.key) as now:
+                if now is None or now.state.generation != state.generation:
+                    raise Conflict(_CANCELLED)
+                is_new = not now.state.finished
+                if is_new:
+                    self.finish(now, fields)
+                ledger, state = now, now.state
+        if self.announce_end(ledger, waits=is_new):
+            is_new = True
+        sizes = (state.ranges.total, state.upload.size)
+        done = self.done(state) if state.finished else None
+        return Progress(*sizes, done, is_new, state.began)
+
+    def name_at_once(self, part: _Part, upload: Upload) -> Progress:
+        """Finish a file that came as one chunk: a link, and no ledger."""
+        part.flush()
+        path, is_new = self.publisher.place(part, upload.path, lambda path: None)
+        state = _State({"upload": upload, "generation": secrets.token_hex(8)})
+        state.finished = _Place(path, 0, {})
+        return Progress(upload.size, upload.size, self.done(state), is_new)
+
+    def done(self, state: _State) -> Done:
+        """Return what is told of a finished upload."""
+        place, upload = state.finished, state.upload
+        assert place is not None
+        return Done(
+            id=f"{upload.key}-{state.generation}",
+            path=self.publisher.path(place.path),
+            relative_path=place.path,
+            filename=place.path.rpartition("/")[2],
+            size=upload.size,
+            owner=upload.owner,
+            identifier=upload.identifier,
+            fields=place.fields,
+        )
+
+    def finish(self, ledger: _Ledger, fields: Mapping[str, str]) -> None:
+        """Name a complete upload's file, and turn its ledger into the receipt.
+
+        The lines are on the disk before the name is, so that after a power cut nobody
+        takes the published file for an unfinished one and writes into it.
+        """
+        state = ledger.state
+        place = self.named(state) or self._name(ledger, fields)
+        status = self.disk.stat_path(self.publisher.path(place.path))
+        if status:
+            place = place._replace(inode=status.st_ino, modified=status.st_mtime_ns)
+        ledger.append(("finished", *place))
+        ledger.flush()
+        if not self.disk.unlinks_open:
+            ledger.close_data()
+        self.discard(ledger.data_path(state.generation))
+        self._change_count(-1)
+        if not self.announce:
+            ledger.cut_down()
+
+    def named(self, state: _State) -> Optional[_Place]:
+        """Return where a crash left the data file of an unfinished upload."""
+        for place in reversed(state.intents):
+            path, size = self.publisher.path(place.path), state.upload.size
+            status = self.disk.stat_path(path)
+            if status and (status.st_ino, status.st_size) == (place.inode, size):
+                self.disk.flush_names(os.path.dirname(path))
+                return place
+        return None
+
+    def _name(self, ledger: _Ledger, fields: Mapping[str, str]) -> _Place:
+        """Give the data file its name; drop the upload when it can never have one."""
+        upload, data = ledger.state.upload, ledger.data()
+        status = self.disk.stat(data.fd)
+        if status.st_size != upload.size:
+            self.drop(ledger)  # a power cut without sync: the ledger outlived the data
+            raise Trouble("Stored bytes of this file were lost; please send it again.")
+
+        def intend(path: str) -> None:
+            ledger.append(("publish", path, status.st_ino, fields))
+            ledger.flush()
+
+        try:
+            path, _ = self.publisher.place(data, upload.path, intend)
+        except Conflict:
+            self.drop(ledger)
+            raise
+        return _Place(path, status.st_ino, fields)
+
+    def announce_end(self, ledger: _Ledger, waits: bool) -> bool:
+        """Call on_complete unless that was done; return whether it was done here.
+
+        Outside of the upload's lock.  Whoever is inside of the call holds a lock that
+        ends with its process; `waits` for that one.
+        """
+        state = ledger.state
+        if self.announce is None or not state.finished or state.is_announced:
+            return False
+        path = os.path.join(self.folder, f"{ledger.key}-{state.generation}.call")
+        call = _File(self.disk, path, os.O_RDWR | os.O_CREAT)
+        try:
+            if not waits and not self.disk.try_lock(call.fd):
+                return False
+            self.disk.lock(call.fd)
+            is_mine = self._announce(ledger, state.generation)
+            if self.disk.unlinks_open:
+                self.discard(path)
+            return is_mine
+        finally:
+            call.close()
+
+    def _announce(self, ledger: _Ledger, generation: str) -> bool:
+        assert self.announce is not None
+        with ledger.locked():
+            state = ledger.state
+            if ledger.is_dead or state.generation != generation or state.is_announced:
+                return False
+            if generation in self._announced:
+                return False
+        self.announce(self.done(state))
+        try:
+            with ledger.locked():
+                if not ledger.is_dead and ledger.state.generation == generation:
+                    ledger.append(("announced",))
+                    ledger.cut_down()
+        except OSError:  # then once while this process lives will do
+            self._announced.add(generation)
+        return True
+
+    # After the end
+
+    def is_same(self, state: _State, part: _Part, start: int, end: int) -> bool:
+        """Return whether [start, end) of a part is what was published, and still is."""
+        assert state.finished is not None
+        try:
+            path = self.publisher.path(state.finished.path)
+            fd = self.disk.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            # Asked after the bytes were read: somebody may edit the file meanwhile.
+            is_equal = are_equal(self.disk, part.fd, fd, start, end)
+            return is_equal and state.is_intact(self.disk.stat(fd))
+        finally:
+            self.disk.close(fd)
+
+    def note_again(self, ledger: _Ledger) -> None:
+        """Write down, once, that something came again; the receipt is kept longer."""
+        if ledger.state.came_again:
+            self.disk.touch(ledger.path)
+        else:
+            ledger.append(("again",))
+
+    def require_announced(self, state: _State) -> None:
+        """Raise Trouble while a receipt must stay: on_complete has not returned."""
+        if self.announce and not state.is_announced:
+            raise Trouble("The finished file is still being handed on; try again.")
+
+
+# ---- bodies --------------------------------------------------------------------------
+# Law: bytes go to their place in the data file while they come.  Each block asks under
+# the lock what is still missing: that is written, what is recorded is compared.  Two
+# processes never write one range at a time: the later body's claim voids the other's.
+# A private file takes what may not be part of the upload: a file in one chunk, and what
+# comes after the end.
+
+
+class Body:
+    """One body on its way into the store; write() in order, commit() once, close()."""
+
+    def __init__(self, uploads: _Uploads, upload: Upload, start: int, end: int) -> None:
+        self.upload = upload
+        self.start = start
+        self.end = end
+        self.position = start
+        self.written = start  # as position, but under the lock: others look at it
+        self.is_void = False  # another body of this process wrote other bytes here
+        self._uploads = uploads
+        self._disk = uploads.disk
+        self._claim = f"{uploads.process}-{secrets.token_hex(4)}"
+        self._part: Optional[_Part] = None  # aside,
+        self._ledger: Optional[_Ledger] = None  # or in place
+        self._generation = ""  # what it began with
+        self._missing: List[Tuple[int, int]] = []  # of its range, then
+        self._failures = 0  # of flushes, until then
+        self._is_expected = True  # others wait for it, at the end
+        self._is_recorded = False
+        uploads.expected.begin(upload.key, start, end)
+
+    def __enter__(self) -> Body:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is all of the file."""
+        return self.end - self.start == self.upload.size
+
+    def write(self, block: Union[bytes, memoryview]) -> None:
+        """Take the next bytes.
+
+        Raises Conflict when other bytes are recorded there, Trouble, or Malformed when
+        there are more than [start, end).
+        """
+        view, end = memoryview(block), self.position + len(block)
+        if end > self.end:
+            raise Malformed(f"The chunk has more than {self.end - self.start} bytes.")
+        with explained():
+            if self._part is None and not self._write_in_place(view):
+                self._part = _Part(self._disk, self._uploads.folder)
+            if self._part:
+                self._part.write(view, self.position)
+        self.position = end
+
+    def _write_in_place(self, block: memoryview) -> bool:
+        """Write what is missing, compare the rest; False when it has to go aside."""
+        gaps: List[Tuple[int, int]] = []
+        if self._ledger is None:
+            key = self.upload.key
+            with self._uploads.entered(key, create=not self.is_whole) as ledger:
+                if not self._begin(ledger):
+                    return False
+                gaps = self._write_gaps(block)
+        elif self._missing:
+            with self._ledger.locked():
+                gaps = self._write_gaps(block)
+        low = self.position
+        for start, end in gaps + [(low + len(block), 0)]:
+            first = low - self.position
+            self._compare(block[first : first + start - low], low)
+            low = end
+        return True
+
+    def _begin(self, ledger: Optional[_Ledger]) -> bool:
+        """Begin to write in place, under the lock; False when that is not possible."""
+        uploads, state = self._uploads, ledger.state if ledger else _State()
+        if not state.generation:
+            uploads.publisher.refuse_early(self.upload, self.is_whole)
+        self._generation = state.generation
+        if ledger is None or state.finished or (self.is_whole and not state.generation):
+            return False
+        if not state.generation:
+            uploads.begin(ledger, self.upload)
+        self._join(ledger)
+        self._missing = ledger.state.ranges.gaps(self.start, self.end)
+        self._failures = ledger.data().failures
+        if self._missing:
+            ledger.append(("claim", self._claim, self.start, self.end))
+        return True
+
+    def _join(self, ledger: _Ledger) -> None:
+        self._ledger, self._generation = ledger, ledger.state.generation
+        ledger.bodies.append(self)
+
+    def _write_gaps(self, block: memoryview) -> List[Tuple[int, int]]:
+        """Write what is missing of a block, under the lock; return what that was."""
+        ledger = self._require_current()
+        start, end = self.position, self.position + len(block)
+        gaps = ledger.state.ranges.gaps(start, end)
+        for low, high in gaps:
+            piece = block[low - start : high - start]
+            for other in ledger.bodies:
+                if other is not self:
+                    other.overwrite(piece, low, high)
+            ledger.data().write(piece, low)
+        self.written = end
+        return gaps
+
+    def overwrite(self, block: memoryview, start: int, end: int) -> None:
+        """Another body writes here: this one is void unless the bytes are the same."""
+        low, high = max(start, self.start), min(end, self.written)
+        if low < high:
+            mine = self._disk.read(self._joined.data().fd, high - low, low)
+            if mine != block[low - start : high - start]:
+                self.is_void = True
+                self._end()  # it can show nothing any more
+
+    @property
+    def _joined(self) -> _Ledger:
+        assert self._ledger is not None
+        return self._ledger
+
+    def _require_current(self) -> _Ledger:
+        """Raise Conflict when the upload is over, Trouble when others write here."""
+        state = self._joined.state
+        if self._joined.is_dead or state.generation != self._generation:
+            raise Conflict(_CANCELLED)
+        if self.is_void or self._claim in state.void:
+            raise Trouble(_UNDONE)
+        return self._joined
+
+    def _compare(self, block: memoryview, start: int) -> None:
+        """Hold bytes against recorded ones, which nobody changes any more."""
+        ledger = self._joined
+        if block and self._disk.read(ledger.data().fd, len(block), start) != block:
+            with ledger.locked():
+                state, end = self._require_current().state, start + len(block)
+                error = state.on_difference(start, end, self._missing)
+                if isinstance(error, Conflict):
+                    self._uploads.drop(ledger)
+                raise error
+
+    def checkpoint(self) -> None:
+        """Record what has come so far, durably, and go on; only in place."""
+        if self._ledger:
+            with explained():
+                self._record()
+                self._ledger.flush()
+
+    def commit(self, fields: Optional[Mapping[str, str]] = None) -> Progress:
+        """Record the bytes; raises Truncated, Conflict or Trouble, having done nothing.
+
+        When it returns, they survive a power cut (with sync).
+        """
+        size, wanted = self.position - self.start, self.end - self.start
+        if size != wanted:
+            raise Truncated(f"The chunk has {size} of {wanted} bytes.")
+        uploads = self._uploads
+        with explained():
+            if not self._part and not self._ledger:  # not a byte came
+                self.write(b"")
+            if self._part and not self._generation and not uploads.announce:
+                return uploads.name_at_once(self._part, self.upload)
+            while self._part and not self._bring_in(self._part):
+                self._write_again(self._part)
+            if not self._part:
+                self._record()
+            self._is_recorded = True
+            self._end()
+            state = self._joined.state
+            return uploads.conclude(self._joined, state, self.is_whole, fields or {})
+
+    def _record(self) -> None:
+        """Write down that what has come so far is there, or that it came again."""
+        if self._missing:
+            self._joined.data().flush()
+        with self._joined.locked():
+            ledger = self._require_current()
+            if self._missing and ledger.data().failures != self._failures:
+                raise Trouble("The disk could not store the chunk; please try again.")
+            gaps = ledger.state.ranges.gaps(self.start, self.position)
+            if gaps:
+                ledger.append(*(("range", *gap) for gap in gaps))
+            elif ledger.state.finished:
+                self._uploads.note_again(ledger)
+
+    def _bring_in(self, part: _Part) -> bool:
+        """Bring a part into its upload; False when others have begun that meanwhile."""
+        uploads = self._uploads
+        with uploads.entered(self.upload.key, create=True) as ledger:
+            assert ledger is not None
+            if not self.is_whole and not ledger.state.follows(self._generation):
+                raise Conflict(_CANCELLED)
+            if ledger.state.is_unfinished:
+                return False
+            if ledger.state.finished and not self._is_anew(ledger, part):
+                uploads.note_again(ledger)
+            else:
+                uploads.begin(ledger, self.upload, part)
+                ledger.append(("range", self.start, self.end))
+            self._join(ledger)
+            return True
+
+    def _is_anew(self, ledger: _Ledger, part: _Part) -> bool:
+        """Whether a new upload begins: this is not what the finished file has."""
+        state, uploads = ledger.state, self._uploads
+        is_same = uploads.is_same(state, part, self.start, self.end)
+        is_after = self._generation == state.generation
+        if not is_same:
+            uploads.require_announced(state)
+        try:
+            return state.begins_anew(is_same, self.is_whole, is_after)
+        except Conflict:
+            uploads.drop(ledger)
+            raise
+
+    def _write_again(self, part: _Part) -> None:
+        """Write the bytes of a part where they belong now, in place or aside."""
+        self._part, self.position = None, self.start
+        try:
+            for low in range(self.start, self.end, BLOCK_SIZE):
+                size = min(BLOCK_SIZE, self.end - low)
+                self.write(self._disk.read(part.fd, size, low))
+        finally:
+            part.remove()
+
+    def _end(self) -> None:
+        """Let nobody wait for this body any more."""
+        if self._is_expected:
+            self._is_expected = False
+            self._uploads.expected.end(self.upload.key)
+
+    def close(self) -> None:
+        """Let go; of what was not recorded nothing counts."""
+        if self._part:
+            self._part.remove()
+        if self._ledger:
+            if not self._is_recorded:
+                with contextlib.suppress(OSError), self._ledger.locked():
+                    self._give_back(self._ledger)
+            self._ledger.leave(self)
+            self._ledger = None
+        self._end()
+
+    def _give_back(self, ledger: _Ledger) -> None:
+        """End a claim; an upload that nobody has stored anything of is dropped."""
+        state = ledger.state
+        if ledger.is_dead or state.generation != self._generation or state.finished:
+            return
+        if self._claim in state.claims:
+            ledger.append(("claim", self._claim, 0, 0))
+        if not (state.ranges.total or state.claims or state.is_kept):
+            self._uploads.drop(ledger)
+
+
+# ---- store ---------------------------------------------------------------------------
+# Law: ranges of bytes of an upload, in any order, from any number of threads and
+# processes, become a file below upload_dir: whole, once, and after a crash as well.
+# This is what the application calls, and all that it may call.
+
+
 class Store:
     """Uploads on disk::
 
-        with store.receive(upload, start, end, sender) as body:
+        with store.receive(upload, start, end) as body:
             body.write(block)       # as often as it takes, in order
             progress = body.commit()
 
-    `sender` is who sends: an address, a user, or one word for all who know the secret.
     `announce` is called with each Done, once while the process lives and after a crash
-    at least once.  Raises Trouble when `upload_dir` can't be used; starts no thread.
+    at least once; `warn` with what the log should say.  Raises Trouble when
+    `upload_dir` can't be used; starts no thread.
     """
 
     def __init__(
@@ -1945,144 +2600,205 @@ class Store:
         on_conflict: str = "rename",
         disk: Optional[Disk] = None,
         announce: Optional[Callable[[Done], None]] = None,
+        warn: Callable[[str], None] = lambda sentence: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.upload_dir = _followed(upload_dir)
         temp_dir = temp_dir or os.path.join(self.upload_dir, ".flowserver")
         self.temp_dir = _followed(temp_dir)
+        self.state_dir = os.path.join(self.temp_dir, "v2")
         self.disk = disk or Disk()
-        self.announce = announce
-        self.clock = clock
-        self.open_uploads = 0
-        self.warnings: Deque[str] = collections.deque(maxlen=1000)  # for the log
-        self.state_dir = os.path.join(self.temp_dir, "v1")
-        self.process = _Process(self.disk, self.state_dir)
-        self.publisher = _Publisher(
-            self.disk, self.upload_dir, on_conflict, self._path("names.lock")
-        )
-        self._mutex = threading.Lock()
-        self._pid = os.getpid()
-        self._ledgers: Dict[str, _Ledger] = {}
-        self._idle: collections.OrderedDict[str, _Ledger] = collections.OrderedDict()
-        self._bodies: Dict[str, List[Receiving]] = {}  # under way, by key
-        self._busy_fds: Dict[str, int] = {}  # tells other processes of them, by key
-        self._deferred: Dict[str, Mapping[str, str]] = {}  # complete, by key: fields
-        self._announcing: Set[str] = set()  # generations
+        self._warn = warn
+        self._clock = clock
+        lock = os.path.join(self.state_dir, "names.lock")
+        publisher = _Publisher(self.disk, self.upload_dir, on_conflict, lock)
+        self._uploads = _Uploads(self.disk, self.state_dir, publisher, announce, clock)
         try:
-            with _explained():
+            with explained():
                 self._make_folders()
+                self._try_links()
         except Trouble as error:
             raise Trouble(f"{error} ({self.upload_dir})") from error.__cause__
 
-    # What the application calls
+    @property
+    def open_uploads(self) -> int:
+        """Unfinished uploads, of all processes, as far as is known."""
+        return self._uploads.count
 
-    def receive(self, upload: Upload, start: int, end: int, sender: str) -> Receiving:
+    def receive(self, upload: Upload, start: int, end: int) -> Body:
         """Begin to take the bytes [start, end) of an upload.
 
         Raises Malformed when they are not bytes of it, and Conflict when the name is
         taken and on_conflict is "refuse".
         """
-        if not 0 <= start <= end <= upload.size:
+        is_empty = start == end and upload.size > 0
+        if not 0 <= start <= end <= upload.size or is_empty:
             raise Malformed(
                 f"Bytes {start} to {end} are not all in a file of {upload.size}."
             )
-        with _explained():
-            return Receiving(self, upload, start, end, _sender_hash(sender))
+        with explained():
+            return Body(self._uploads, upload, start, end)
 
-    def has(self, upload: Upload, start: int, end: int, sender: str) -> bool:
-        """Return whether this sender need not send [start, end); changes nothing.
+    def open(self, upload: Upload) -> Progress:
+        """Make an upload before its first byte comes; one of 0 bytes is finished."""
+        if not upload.size:
+            with self.receive(upload, 0, 0) as body:
+                return body.commit()
+        uploads = self._uploads
+        with explained(), uploads.entered(upload.key, create=True) as ledger:
+            assert ledger is not None
+            if not ledger.state.generation:
+                uploads.publisher.refuse_early(upload, False)
+                uploads.begin(ledger, upload, is_kept=True)
+            ledger.flush()
+            return Progress(ledger.state.ranges.total, upload.size)
 
-        False as soon as nothing is missing, so that a last chunk comes and finishes.
-        """
-        with _explained(), self.entered(upload) as ledger:
-            if ledger is None or ledger.finished or ledger.is_complete:
-                return False
-            sent = ledger.sent.get(_sender_hash(sender))
-            if start >= end or sent is None or sent.gaps(start, end):
-                return False
-            self.flush_ledger(ledger)
-            return True
+    def has(self, upload: Upload, start: int, end: int) -> bool:
+        """Return whether [start, end) need not be sent; changes nothing on the disk."""
+        uploads = self._uploads
+        with explained(), uploads.ledgers.entered(upload.key) as ledger:
+            if ledger is None:
+                self._require_folder()
+            elif ledger.state.may_skip(start, end):
+                ledger.flush()
+                return True
+            elif ledger.state.is_sample(start, end):
+                uploads.expected.ask(upload.key, start, end)
+            return False
+
+    def status(self, upload: Upload) -> Tuple[List[Tuple[int, int]], Optional[Done]]:
+        """Return the ranges that need not be sent, and the end if any."""
+        uploads = self._uploads
+        with explained(), uploads.ledgers.entered(upload.key) as ledger:
+            if ledger is None:
+                self._require_folder()
+                return [], None
+            if ledger.state.is_unfinished:
+                ledger.flush()
+                return ledger.state.told(), None
+            place = ledger.state.finished
+            path = place and uploads.publisher.path(place.path)
+            if path and ledger.state.is_intact(self.disk.stat_path(path)):
+                return [(0, upload.size)], uploads.done(ledger.state)
+            return [], None
 
     def knows(self, upload: Upload) -> bool:
         """Return whether the upload was begun, or finished a while ago."""
-        with _explained():
-            status = self.disk.stat_path(self._path(upload.key + ".ledger"))
-        return status is not None and status.st_size > 0
+        with explained(), self._uploads.ledgers.entered(upload.key) as ledger:
+            return bool(ledger and ledger.state.generation)
 
-    def status(
-        self, upload: Upload, sender: str
-    ) -> Tuple[List[Tuple[int, int]], Optional[Done]]:
-        """Return the ranges that this sender need not send, and the end if any."""
-        with _explained(), self.entered(upload) as ledger:
-            if ledger is None:
-                return [], None
-            ranges = list(ledger.sent.get(_sender_hash(sender), ()))
-            if ledger.finished:
-                if not ranges or not self.is_intact(ledger):  # a chunk begins anew
-                    return [], None
-                return ranges, self._done(ledger)
-            self.flush_ledger(ledger)
-            return ranges, None
-
-    def forget(self, upload: Upload, sender: str) -> bool:
-        """Drop an unfinished upload that `sender` began or sent bytes of."""
-        who = _sender_hash(sender)
-        with _explained(), self.entered(upload) as ledger:
-            if ledger is None or ledger.finished:
+    def forget(self, upload: Upload) -> bool:
+        """Drop an unfinished upload; a finished file is never touched."""
+        with explained(), self._uploads.entered(upload.key) as ledger:
+            if ledger is None or not ledger.state.is_unfinished:
                 return False
-            if who != ledger.opener and who not in ledger.sent:
-                return False
-            self._forget_all(ledger, who)
+            self._uploads.drop(ledger)
             return True
+
+    def _require_folder(self) -> None:
+        """Raise an error when all is gone: then nobody knows what was there."""
+        if self.disk.stat_path(self.state_dir) is None:
+            raise FileNotFoundError(errno.ENOENT, "is gone", self.state_dir)
+
+    def close(self) -> None:
+        """Give back what is kept open; a later call opens it again."""
+        self._uploads.ledgers.close()
+
+    # In order
+
+    def count(self) -> None:
+        """Count the unfinished uploads of all processes anew."""
+        with explained():
+            names = self.disk.list(self.state_dir)
+        self._uploads.count = sum(name.endswith(".data") for name in names)
 
     def sweep(self, stale_after: float, keep_receipts: float) -> None:
         """Finish what a crash left, remove what nobody wants; times in seconds.
 
         Meant for the start and now and then; safe beside other processes.
         """
-        with _explained():
+        with explained():
             names = self.disk.list(self.state_dir)
-            self.process.sweep(names)
-            for name in names:
-                if name.endswith(".busy"):  # of a process that was killed, maybe
-                    self._unlink_busy(name[:-5])
-        datas: Dict[str, List[str]] = {}
+        uploads: Dict[str, List[str]] = {}
         for name in names:
-            if name.endswith(".ledger"):
-                datas.setdefault(name[:-7], [])
-            elif name.endswith(".data"):
-                datas.setdefault(name.partition("-")[0], []).append(name)
+            if name.endswith((".ledger", ".data", ".call")):
+                uploads.setdefault(re.split("[-.]", name)[0], []).append(name)
+            elif name.endswith(".part"):
+                self._unlink_old(name, _PART_SECONDS)
         unfinished = 0
-        for key, files in datas.items():
+        for key, files in uploads.items():
             try:
                 unfinished += self._sweep_upload(key, files, stale_after, keep_receipts)
             except (FlowError, OSError) as error:  # the others want their turn
-                self.warnings.append(f"upload {key} can't be brought in order: {error}")
-        self.open_uploads = unfinished
+                self._warn(f"upload {key} can't be brought in order: {error}")
+        self._uploads.count = unfinished
 
-    def count(self) -> None:
-        """Count the unfinished uploads of all processes anew."""
-        with _explained():
-            names = self.disk.list(self.state_dir)
-        self.open_uploads = sum(name.endswith(".data") for name in names)
+    def _sweep_upload(
+        self, key: str, files: Sequence[str], stale_after: float, keep_receipts: float
+    ) -> bool:
+        """Bring one upload in order; return whether it goes on."""
+        state, ledger = _State(), self._uploads.ledgers.find(key)
+        if ledger:
+            with ledger.locked():
+                if not ledger.is_dead:
+                    self._sweep_ledger(ledger, stale_after, keep_receipts)
+                if not ledger.is_dead:
+                    state = ledger.state
+                if not ledger.bodies:
+                    ledger.close_data()
+            self._uploads.announce_end(ledger, waits=False)
+        # The names were there before the lock was: what is not kept is so for good.
+        kept = f"{key}-{state.generation}" + (".call" if state.finished else ".data")
+        for name in files:
+            if name != kept and not name.endswith(".ledger"):
+                self._uploads.discard(os.path.join(self.state_dir, name))
+        if not state.generation and not self.disk.unlinks_open:
+            ledger = None
+            self._uploads.ledgers.close()
+            self._unlink_old(key + ".ledger", 60)  # dropped while it was open
+        return state.is_unfinished
 
-    def close(self) -> None:
-        """Give back what is kept open; a later call opens it again."""
-        with self._mutex:
-            self._notice_fork()
-            while self._idle:
-                key, ledger = self._idle.popitem()
-                self.disk.close(self._ledgers.pop(key).fd)
-        self.process.close()
+    def _sweep_ledger(
+        self, ledger: _Ledger, stale_after: float, keep_receipts: float
+    ) -> None:
+        """Do what a ledger needs, under its lock."""
+        uploads, state = self._uploads, ledger.state
+        age = self._clock() - self.disk.stat(ledger.fd).st_mtime
+        is_free = not ledger.bodies
+        if state.finished:
+            is_told = state.is_announced or not uploads.announce
+            if is_told and is_free and age > keep_receipts:
+                uploads.drop(ledger)
+        elif uploads.named(state):
+            uploads.finish(ledger, {})
+        elif not state.generation or self._has_lost_data(ledger):
+            uploads.drop(ledger)
+        elif is_free and state.is_complete:
+            if self.disk.try_lock(ledger.data().fd):  # nobody waits before the end
+                uploads.finish(ledger, {})
+        elif is_free and age > stale_after and self._is_quiet(ledger, stale_after):
+            uploads.drop(ledger)
+
+    def _is_quiet(self, ledger: _Ledger, seconds: float) -> bool:
+        status = self.disk.stat_path(ledger.data_path(ledger.state.generation))
+        return not status or self._clock() - status.st_mtime > seconds
+
+    def _has_lost_data(self, ledger: _Ledger) -> bool:
+        """Whether recorded bytes may be missing: the power was cut with sync off."""
+        state = ledger.state
+        if state.boot and state.boot != self.disk.boot_id():
+            return True
+        status = self.disk.stat_path(ledger.data_path(state.generation))
+        return status is None or state.ranges.end > status.st_size
+
+    def _unlink_old(self, name: str, seconds: float) -> None:
+        """Remove a file of ours that nobody has written to for so long."""
+        path = os.path.join(self.state_dir, name)
+        status = self.disk.stat_path(path)
+        if status and self._clock() - status.st_mtime > seconds:
+            self._uploads.discard(path)
 
     # Folders
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self.state_dir, name)
-
-    def data_path(self, ledger: _Ledger) -> str:
-        """Return where the bytes of an unfinished upload are."""
-        return self._path(f"{ledger.key}-{ledger.generation}.data")
 
     def _make_folders(self) -> None:
         os.makedirs(self.upload_dir, exist_ok=True)
@@ -2100,806 +2816,26 @@ class Store:
             )
         parent = os.path.realpath(os.path.dirname(self.temp_dir))
         for path in (self.upload_dir, parent, self.temp_dir):
-            self.publisher.flush_folder(path)
-        self._try_links()
+            self.disk.flush_names(path)
 
     def _try_links(self) -> None:
         """Find out whether files can have two names here; publication relies on it."""
         if not self.disk.links:
             return
-        part, fd = self.process.new_part()
+        part = _Part(self.disk, self.state_dir)
         try:
-            with self.publisher.opened(self.state_dir) as folder:
-                self.disk.publish(part, folder, os.path.basename(part) + ".part")
-            self.disk.unlink(part + ".part")
+            self.disk.publish(part.path, part.path + ".part")
+            self.disk.unlink(part.path + ".part")
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             self.disk.links = False
-            self.warnings.append(
+            self._warn(
                 "This file system has no hard links: names are checked under a lock,"
                 " and another program may take one in between."
             )
         finally:
-            self.disk.close(fd)
-            self.process.drop_part(part)
-
-    # Ledgers: found, kept, locked
-
-    def acquire(self, key: str, create: bool) -> Optional[_Ledger]:
-        """Return the ledger of an upload, to be released; None when there is none."""
-        with self._mutex:
-            self._notice_fork()
-            ledger = self._ledgers.get(key)
-            if ledger is None:
-                flags = os.O_RDWR | (os.O_CREAT if create else 0)
-                try:
-                    fd = self.disk.open(self._path(key + ".ledger"), flags)
-                except FileNotFoundError:
-                    os.stat(self.state_dir)  # says so when the folder itself is gone
-                    return None
-                ledger = self._ledgers[key] = _Ledger(key, fd)
-            self._idle.pop(key, None)
-            ledger.users += 1
-            return ledger
-
-    def recall(self, key: str) -> Optional[_Ledger]:
-        """Return the ledger of an upload that goes on, if nothing of it is news.
-
-        To be released, as that of acquire().
-        """
-        with self._mutex:
-            self._notice_fork()
-            ledger = self._ledgers.get(key)
-            if ledger is None or ledger.finished or not ledger.ranges.total:
-                return None
-            if ledger.is_complete:  # a crash may have left it
-                return None
-            status = self.disk.stat(ledger.fd)
-            is_known = status.st_nlink and status.st_size == ledger.offset
-            if ledger.is_dead or not is_known or not self.disk.unlinks_open:
-                return None
-            self._idle.pop(key, None)
-            ledger.users += 1
-            return ledger
-
-    def keep(self, ledger: _Ledger) -> None:
-        """Count one more user; each ends with release()."""
-        with self._mutex:
-            ledger.users += 1
-
-    def release(self, ledger: _Ledger) -> None:
-        """Count one user less; the last one closes what need not stay open."""
-        with self._mutex:
-            ledger.users -= 1
-            if ledger.is_dead and self._ledgers.get(ledger.key) is ledger:
-                del self._ledgers[ledger.key]
-            if ledger.users == 0:
-                self._close_data(ledger)
-                if ledger.is_dead:
-                    self.disk.close(ledger.fd)
-                else:
-                    self._rest(ledger)
-
-    def _rest(self, ledger: _Ledger) -> None:
-        """Keep a ledger open between chunks, where an open file can be removed."""
-        self._idle[ledger.key] = ledger
-        while len(self._idle) > (_IDLE_LEDGERS if self.disk.unlinks_open else 0):
-            key, oldest = self._idle.popitem(last=False)
-            del self._ledgers[key]
-            self.disk.close(oldest.fd)
-
-    def _notice_fork(self) -> None:
-        """Begin anew in a forked child: the descriptors are its parent's."""
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
-            for kept in (self._ledgers, self._idle, self._bodies, self._deferred):
-                kept.clear()
-            self._announcing.clear()
-            self._busy_fds.clear()
-
-    def _close_data(self, ledger: _Ledger) -> None:
-        ledger.retire_data()
-        ledger.published_fd = None
-        while ledger.retired_fds:
-            self.disk.close(ledger.retired_fds.pop())
-
-    @contextlib.contextmanager
-    def locked(self, ledger: _Ledger) -> Iterator[None]:
-        """Hold the upload's lock, between threads and processes, and know its state."""
-        with ledger.mutex:
-            self.disk.lock(ledger.fd)
-            try:
-                self.refresh(ledger)
-                yield
-            finally:
-                self.disk.unlock(ledger.fd)
-
-    def refresh(self, ledger: _Ledger) -> None:
-        """Read what other processes have written; to be called under the lock."""
-        status = self.disk.stat(ledger.fd)
-        if status.st_nlink == 0 or status.st_size < ledger.offset:
-            ledger.is_dead = True
-        elif ledger.head != self.disk.read(ledger.fd, len(ledger.head), 0):
-            ledger.is_dead = True
-        elif status.st_size > ledger.offset:
-            size = status.st_size - ledger.offset
-            ledger.read_lines(self.disk.read(ledger.fd, size, ledger.offset))
-            ledger.is_torn = status.st_size > ledger.offset
-            self._know_head(ledger)
-
-    @contextlib.contextmanager
-    def entered(
-        self, upload: Upload, opener: Optional[str] = None
-    ) -> Iterator[Optional[_Ledger]]:
-        """Yield the upload's ledger, locked; opened by `opener` when there is none."""
-        while True:
-            ledger = self.acquire(upload.key, opener is not None)
-            if ledger is None:
-                yield None
-                return
-            try:
-                with self.locked(ledger):
-                    if not ledger.is_dead:
-                        if opener is not None and not ledger.generation:
-                            self._open_upload(ledger, upload, opener)
-                        yield ledger if ledger.generation else None
-                        return
-            finally:
-                self.release(ledger)
-
-    # Ledgers: written
-
-    def append(self, ledger: _Ledger, lines: bytes) -> None:
-        """Write lines and take them as read; a half-written line is cut off later."""
-        if ledger.is_torn:
-            self.disk.truncate(ledger.fd, ledger.offset)
-        ledger.is_torn = True
-        self.disk.write(ledger.fd, lines, ledger.offset)
-        ledger.is_torn = False
-        ledger.read_lines(lines)
-        self._know_head(ledger)
-
-    def _know_head(self, ledger: _Ledger) -> None:
-        """Where a dropped ledger can't be unlinked, know it by how it begins."""
-        if not self.disk.unlinks_open and len(ledger.head) < 64:
-            ledger.head = self.disk.read(ledger.fd, min(64, ledger.offset), 0)
-
-    def flush_ledger(self, ledger: _Ledger) -> None:
-        """Return when the lines so far are on the disk; threads share a flush."""
-        wanted = ledger.offset
-        with ledger.flushing:
-            if ledger.flushed >= wanted:
-                return
-            reached = ledger.offset
-            if ledger.is_suspect:  # lines may have been given up: write them again
-                self.disk.write(ledger.fd, self.disk.read(ledger.fd, reached, 0), 0)
-            ledger.is_suspect = True
-            self.disk.flush(ledger.fd)
-            if not ledger.is_named:
-                self.publisher.flush_folder(self.state_dir)
-                ledger.is_named = True
-            ledger.flushed, ledger.is_suspect = reached, False
-
-    def _open_upload(
-        self,
-        ledger: _Ledger,
-        upload: Upload,
-        sender: str,
-        ranges: Sequence[Tuple[int, int]] = (),
-        generation: str = "",
-        refused: Iterable[str] = (),
-        forgotten: Iterable[str] = (),
-    ) -> None:
-        values = {
-            "version": 1,
-            "generation": generation or secrets.token_hex(8),
-            "upload": upload,
-            "sender": sender,
-            "boot": "" if self.disk.sync else self.disk.boot_id(),
-            "time": self.clock(),
-            "ranges": ranges,
-            "refused": sorted(refused),
-            "forgotten": sorted(forgotten),
-        }
-        self.append(ledger, _ledger_line("upload", values))
-        self._count_change(1)
-
-    def _count_change(self, change: int) -> None:
-        with self._mutex:
-            self.open_uploads = max(0, self.open_uploads + change)
-
-    def begin_afresh(
-        self,
-        ledger: _Ledger,
-        upload: Upload,
-        sender: str,
-        ranges: Sequence[Tuple[int, int]],
-    ) -> None:
-        """Open a new upload in a finished one's ledger, with `ranges` of its file."""
-        generation = secrets.token_hex(8)
-        if ranges:
-            published = self.data(ledger)
-            path = self._path(f"{ledger.key}-{generation}.data")
-            fd = self.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            try:
-                for start, end in ranges:
-                    self._copy(published, fd, start, end)
-                self.disk.flush(fd)
-                self.publisher.flush_folder(self.state_dir)
-                if not self.is_intact(ledger):  # edited meanwhile
-                    raise _unsure()
-            except (OSError, FlowError):
-                self._discard(path)
-                raise
-            finally:
-                self.disk.close(fd)
-        # Whoever sent the finished file may still be at it: that is another version.
-        others = set(ledger.notes)
-        if not self._is_quiet(ledger):
-            others |= {*ledger.refused, *ledger.sent}
-        self._open_upload(ledger, upload, sender, ranges, generation, others - {sender})
-
-    def _copy(self, source: int, target: int, start: int, end: int) -> None:
-        for low in range(start, end, BLOCK_SIZE):
-            block = self.disk.read(source, min(BLOCK_SIZE, end - low), low)
-            self.disk.write(target, block, low)
-
-    # The data file
-
-    def data(self, ledger: _Ledger) -> int:
-        """Return a descriptor of the upload's bytes; never makes the file."""
-        if ledger.data_fd is None:
-            if ledger.finished and ledger.published_fd is not None:
-                return ledger.published_fd
-            if ledger.finished:
-                path = self.publisher.path(ledger.finished.path)
-                try:
-                    ledger.data_fd = self.disk.open(path, os.O_RDONLY)
-                except FileNotFoundError as error:
-                    sentence = "The finished file is gone; send this chunk once more."
-                    raise Trouble(sentence) from error
-            else:
-                ledger.data_fd = self.disk.open(self.data_path(ledger), os.O_RDWR)
-        return ledger.data_fd
-
-    def make_home(self, ledger: _Ledger) -> bool:
-        """Be the one process that writes this upload in place, if no other is."""
-        if not ledger.is_home:
-            ledger.is_home = self.disk.try_lock(self.data(ledger))
-        return ledger.is_home
-
-    def leave_home(self, ledger: _Ledger) -> None:
-        """Let another process write in place when nobody here does."""
-        if ledger.is_home and not ledger.attempts and ledger.data_fd is not None:
-            self.disk.unlock(ledger.data_fd)
-            ledger.is_home = False
-
-    def flush_data(self, ledger: _Ledger) -> None:
-        """Return when the bytes so far are on the disk; threads share a flush."""
-        wanted = ledger.writes
-        with ledger.flushing:
-            if ledger.flushed_writes >= wanted:
-                return
-            reached, fd = ledger.writes, ledger.data_fd
-            if fd is None or ledger.finished:  # by others, who have flushed it
-                return
-            try:
-                self.disk.flush(fd)
-            except OSError:
-                # A failed flush is told once: nobody may trust what it covered.
-                ledger.failed_flushes += 1
-                raise
-            ledger.flushed_writes = reached
-
-    def require_flushed(self, ledger: _Ledger, failed_before: int) -> None:
-        """Raise Trouble when a flush failed that may have covered somebody's bytes."""
-        if ledger.failed_flushes != failed_before:
-            raise Trouble("The disk could not store the chunk; please try again.")
-
-    def merge(self, ledger: _Ledger, part: int, start: int, end: int) -> None:
-        """Copy [start, end), which is not recorded, from a part into the data file."""
-        data, is_same = self.data(ledger), True
-        for low in range(start, end, BLOCK_SIZE):
-            mine = self.disk.read(part, min(BLOCK_SIZE, end - low), low)
-            theirs = self.disk.read(data, len(mine), low) if is_same else mine
-            if mine != theirs:
-                is_same = False
-                # Whoever has written there, in whatever process, must not record it.
-                first = low + _first_difference(mine, theirs)
-                self.append(ledger, _ledger_line("merge", first, end))
-            # Also what is the same: a flush of it may have failed.
-            self.disk.write(data, mine, low)
-        ledger.writes += 1
-
-    def adopt(self, ledger: _Ledger, part: str) -> bool:
-        """Make a private file the data file, if there is none yet."""
-        path = self.data_path(ledger)
-        if ledger.ranges.total or ledger.finished or self.disk.stat_path(path):
-            return False
-        self.disk.rename(part, path)
-        # Before a line says that its bytes are there.
-        self.publisher.flush_folder(self.state_dir)
-        ledger.is_named = True
-        return True
-
-    # Two versions under one identifier
-
-    def require_sure_notes(
-        self, ledger: _Ledger, body: Receiving, is_sure: bool = True
-    ) -> None:
-        """Raise Conflict when what came again may be of an earlier sending.
-
-        Then a new upload must not begin with it, nor may it be missing there: the
-        client begins once more, with nothing noted.
-        """
-        now = self.clock()
-        mine = ledger.notes.get(body.sender, [])
-        if mine and mine[-1].time < now - _NOTE_SECONDS:
-            is_sure = False
-        # A sending begins with the first chunk, or nearly: what came long before that
-        # was one chunk again, whose answer had been lost.
-        began = min((note.time for note in mine if note.start == 0), default=now)
-        if any(note.time < began - _OUT_OF_ORDER_SECONDS for note in mine):
-            is_sure = False
-        if mine and not (is_sure and not any(note.is_retry for note in mine)):
-            self.append(ledger, _ledger_line("afresh", body.sender))
-            raise _unsure()
-
-    def refuse_difference(
-        self, ledger: _Ledger, body: Receiving, is_late: bool
-    ) -> None:
-        """Raise Conflict: other bytes are recorded in the body's range.
-
-        What this sender alone had sent is forgotten, so that the next try starts
-        afresh, unless it came while this body was under way (`is_late`).  Beside bytes
-        of others nothing more of this sender is taken, and what both have stored is
-        finished only when somebody has sent all of it.
-        """
-        others = set(ledger.sent) - {body.sender}
-        if not others and not ledger.finished and not is_late:
-            self.drop(ledger)
-        elif others and ledger.finished:
-            self.append(ledger, _ledger_line("refused", body.sender))
-        elif others and ledger.is_contested and self._is_quiet(ledger):
-            self._forget_all(ledger, body.sender)
-        elif others:
-            self.note_refused(ledger, body.sender)
-        raise _different()
-
-    def note_refused(self, ledger: _Ledger, sender: str) -> None:
-        """Write down that a sender has another version."""
-        if sender not in ledger.refused:
-            self.append(ledger, _ledger_line("refused", sender))
-
-    def _forget_all(self, ledger: _Ledger, sender: str) -> None:
-        """Drop an upload for one of its senders.
-
-        Chunks of the others must not become part of what comes next: they have to begin
-        once more.
-        """
-        others = {*ledger.sent, *ledger.forgotten} - {sender}
-        if not others:
-            self.drop(ledger)
-            return
-        data = self.data_path(ledger)
-        self._open_upload(ledger, ledger.upload, sender, forgotten=others)
-        self._discard(data)
-        self._count_change(-1)
-
-    def require_welcome(self, ledger: _Ledger, body: Receiving) -> None:
-        """Raise Conflict when the sender has another version of an unfinished file."""
-        if body.sender in ledger.forgotten and body.start > 0 and not body.is_whole:
-            raise _cancelled()
-        if body.sender in ledger.refused and not body.is_whole and not ledger.finished:
-            self.refuse_difference(ledger, body, is_late=True)
-        if body.generation not in ("", ledger.generation):
-            if body.sender != ledger.opener and not body.is_whole:
-                raise _cancelled()  # it began before somebody sent a new version
-
-    def _is_quiet(self, ledger: _Ledger) -> bool:
-        """Whether nobody has stored anything for so long that all have given up."""
-        return self.clock() - self.disk.stat(ledger.fd).st_mtime > _QUIET_SECONDS
-
-    def note_cut(self, body: Receiving) -> None:
-        """Write down that a body broke off, once for each range and sender.
-
-        Only its bytes might have shown that its sender has another version.
-        """
-        if body.is_whole:
-            return
-        try:
-            with self.entered(body.upload) as ledger:
-                if ledger is None or ledger.finished or body.sender in ledger.refused:
-                    return
-                if ledger.cuts.get(body.sender, Ranges()).gaps(body.start, body.end):
-                    line = _ledger_line("cut", body.start, body.end, body.sender)
-                    self.append(ledger, line)
-        except OSError as error:  # the body's own trouble is what the client is told
-            name = body.upload.path
-            self.warnings.append(f"{name}: can't note what broke off: {error}")
-
-    def join(self, body: Receiving) -> None:
-        """Count a body as under way, and let other processes know."""
-        key = body.upload.key
-        with self._mutex:
-            self._notice_fork()
-            if not body.is_whole and self.disk.shares_locks:
-                if key not in self._busy_fds:
-                    self._busy_fds[key] = self._share_busy(key)
-            self._bodies.setdefault(key, []).append(body)
-
-    def _share_busy(self, key: str) -> int:
-        """Lock <key>.busy together with all who have bodies of an upload under way."""
-        path = self._path(key + ".busy")
-        while True:
-            fd = self.disk.open(path, os.O_RDWR | os.O_CREAT)
-            with contextlib.ExitStack() as undo:
-                undo.callback(self.disk.close, fd)
-                self.disk.share_lock(fd)
-                if self.disk.stat(fd).st_nlink:  # not removed before it was ours
-                    undo.pop_all()
-                    return fd
-
-    def _unlink_busy(self, key: str) -> None:
-        """Remove <key>.busy unless a process has bodies of the upload under way.
-
-        Not after every chunk: ext4 looks for a free inode past all those that were
-        removed in the last five seconds, up to a millisecond for each chunk.
-        """
-        with contextlib.suppress(OSError):  # not there, or the sweep tries again
-            fd = self.disk.open(self._path(key + ".busy"), os.O_RDWR)
-            try:
-                if self.disk.try_lock(fd) and self.disk.stat(fd).st_nlink:
-                    self.disk.unlink(self._path(key + ".busy"))  # this one, no newer
-            finally:
-                self.disk.close(fd)
-
-    def _is_busy_elsewhere(self, key: str) -> bool:
-        """Whether another process has bodies of an upload under way."""
-        own = self._busy_fds.get(key)
-        if own is not None:
-            is_alone = self.disk.try_lock(own)
-            self.disk.share_lock(own)
-            if not self.disk.stat(own).st_nlink:  # unlinked while it was nobody's
-                self._busy_fds[key] = self._share_busy(key)
-                self.disk.close(own)
-            return not is_alone
-        try:
-            fd = self.disk.open(self._path(key + ".busy"), os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        try:
-            return not self.disk.try_lock(fd)
-        finally:
-            self.disk.unlock(fd)
-            self.disk.close(fd)
-
-    def leave(self, body: Receiving) -> None:
-        """Count a body as ended; the last one finishes what had to wait for it."""
-        key = body.upload.key
-        with self._mutex:
-            bodies = self._bodies.get(key, [])
-            if body in bodies:
-                bodies.remove(body)
-            if bodies:
-                return
-            self._bodies.pop(key, None)
-            fields = self._deferred.pop(key, None)
-            fd = self._busy_fds.pop(key, None)
-            ledger = self._ledgers.get(key)
-            is_open = ledger is None or not (ledger.finished or ledger.is_dead)
-            is_mixed = len(ledger.sent) > 1 if ledger else fd is not None
-        if fd is not None:
-            self.disk.unlock(fd)
-            self.disk.close(fd)
-            if not is_open:
-                self._unlink_busy(key)
-        if fields is not None or (is_mixed and is_open):
-            self._finish_deferred(body.upload, fields or {})
-
-    def _finish_deferred(self, upload: Upload, fields: Mapping[str, str]) -> None:
-        try:
-            with self.entered(upload) as ledger:
-                if ledger is None or ledger.finished or not ledger.is_complete:
-                    return
-                progress = self.settle(ledger, None, fields)
-                self.keep(ledger)
-            try:
-                self.conclude(ledger, progress)
-            finally:
-                self.release(ledger)
-        except (FlowError, OSError) as error:  # the next chunk, or the sweep, tries
-            self.warnings.append(f"{upload.path} can't be finished yet: {error}")
-
-    def _may_finish(
-        self, ledger: _Ledger, body: Optional[Receiving], fields: Mapping[str, str]
-    ) -> bool:
-        """Whether a complete upload is one version, as far as can be known.
-
-        Two people may send different files under one identifier.  As clients begin
-        their chunks in order, whoever has a difference to tell is still at it when the
-        last byte comes: then the end waits for all bodies under way, in all processes.
-        """
-        if ledger.is_one_version:
-            return True
-        if ledger.is_contested or not self._is_beyond_doubt(ledger):
-            return False
-        with self._mutex:
-            bodies = self._bodies.get(ledger.key, ())
-            is_alone = all(one is body for one in bodies)
-            is_alone = is_alone and not self._is_busy_elsewhere(ledger.key)
-            if bodies and not is_alone:
-                self._deferred.setdefault(ledger.key, fields)
-        return is_alone
-
-    def _is_beyond_doubt(self, ledger: _Ledger) -> bool:
-        """Whether what broke off does not speak against one version.
-
-        Somebody whose network changed in the middle of a chunk goes on from another
-        address, and from the old one nothing more comes.
-        """
-        doubtful = ledger.doubtful
-        if not doubtful:
-            return True
-        is_handed_over = len(doubtful) == 1 and not doubtful & ledger.went_on
-        return is_handed_over and self._is_quiet(ledger)
-
-    # The end
-
-    def settle(
-        self, ledger: _Ledger, body: Optional[Receiving], fields: Mapping[str, str]
-    ) -> Progress:
-        """Say how far the upload is; finish it when nothing is missing."""
-        is_open = ledger.is_complete and not ledger.finished
-        is_new = is_open and self._may_finish(ledger, body, fields)
-        if is_new:
-            self._finish(ledger, body, fields)
-        done = self._done(ledger) if ledger.finished else None
-        is_new = is_new or bool(done and self.announce and not ledger.is_announced)
-        sizes = (ledger.ranges.total, ledger.upload.size)
-        return Progress(*sizes, done, is_new, ledger.began)
-
-    def conclude(self, ledger: _Ledger, progress: Progress) -> Progress:
-        """Make a commit durable and announce the end; to be called without the lock."""
-        self.flush_ledger(ledger)
-        if progress.is_new and self.announce:
-            return progress._replace(is_new=self._announce_end(ledger))
-        if progress.done is None and ledger.finished:
-            # The end came while this waited; flow.js hands the answer that it gets last
-            # to the page, so the later one should know, too.
-            with self.locked(ledger):
-                if ledger.finished and not ledger.is_dead:
-                    self.flush_ledger(ledger)
-                    progress = progress._replace(done=self._done(ledger))
-        return progress
-
-    def _announce_end(self, ledger: _Ledger) -> bool:
-        """Call on_complete outside of all locks, if nobody has or is about to."""
-        assert self.announce is not None
-        with self.locked(ledger):
-            finished, generation = ledger.finished, ledger.generation
-            if finished is None or ledger.is_announced or ledger.is_dead:
-                return False
-            is_other = finished.token != self.process.token()
-            if is_other and self.process.is_alive(finished.token):
-                return False
-            with self._mutex:
-                if generation in self._announcing:
-                    return False
-                self._announcing.add(generation)
-            done = self._done(ledger)
-        self.announce(done)
-        with contextlib.suppress(OSError), self.locked(ledger):
-            if not ledger.is_dead and ledger.generation == generation:
-                self.append(ledger, _ledger_line("announced"))
-            with self._mutex:
-                self._announcing.remove(generation)
-        return True
-
-    def _done(self, ledger: _Ledger) -> Done:
-        finished, upload = ledger.finished, ledger.upload
-        assert finished is not None
-        return Done(
-            id=f"{ledger.key}-{ledger.generation}",
-            path=self.publisher.path(finished.path),
-            relative_path=finished.path,
-            filename=finished.path.rpartition("/")[2],
-            size=upload.size,
-            owner=upload.owner,
-            identifier=upload.identifier,
-            fields=finished.fields,
-        )
-
-    def _finish(
-        self, ledger: _Ledger, body: Optional[Receiving], fields: Mapping[str, str]
-    ) -> None:
-        """Publish a complete upload and turn its ledger into the receipt.
-
-        The lines are on the disk before the name is, so that after a power cut nobody
-        takes the published file for an unfinished one and writes into it.
-        """
-        given = dict(fields) if self.announce else {}
-        path = self._published(ledger) or self._publish_or_drop(ledger, given)
-        kept = [fields for name, _, fields in ledger.intents if name == path]
-        status = self.publisher.stat(path)
-        finished = _Finished(
-            path=path,
-            size=ledger.upload.size,
-            inode=status.st_ino if status else 0,
-            modified=status.st_mtime_ns if status else 0,
-            token=self.process.token() if self.announce else "",
-            last=(body.start, body.end, body.sender) if body else (0, 0, ""),
-            fields=kept[-1] if kept else given,
-        )
-        data = self.data_path(ledger)
-        self.append(ledger, _ledger_line("finished", finished._asdict()))
-        self.flush_ledger(ledger)
-        self._discard(data)
-        self._unlink_busy(ledger.key)
-        self._count_change(-1)
-
-    def finish_published(self, ledger: _Ledger) -> None:
-        """Finish what a crash left under its name already."""
-        if ledger.is_complete and not ledger.finished and self._published(ledger):
-            self._finish(ledger, None, {})
-
-    def _published(self, ledger: _Ledger) -> str:
-        """Return the name that a crash left the data file under, or ""."""
-        size = ledger.upload.size
-        for path, inode, _ in reversed(ledger.intents):
-            status = self.publisher.stat(path)
-            if status and (status.st_ino, status.st_size) == (inode, size):
-                with self.publisher.folder_of(path) as folder:
-                    self.disk.flush_folder(folder)
-                return path
-        return ""
-
-    def _publish_or_drop(self, ledger: _Ledger, fields: Dict[str, str]) -> str:
-        """Publish; drop the upload when it can never be published."""
-        if self.disk.stat(self.data(ledger)).st_size != ledger.upload.size:
-            self.drop(ledger)  # a power cut without sync: the ledger outlived the data
-            raise Trouble("Stored bytes of this file were lost; please send it again.")
-        try:
-            return self._publish(ledger, fields)
-        except Conflict:
-            self.drop(ledger)
-            raise
-
-    def _publish(self, ledger: _Ledger, fields: Dict[str, str]) -> str:
-        """Give the data file its name; return the path below upload_dir."""
-        parent, slash, name = ledger.upload.path.rpartition("/")
-        inode = self.disk.stat(self.data(ledger)).st_ino
-
-        def give(candidate: str) -> None:
-            path = parent + slash + candidate
-            self.append(ledger, _ledger_line("publish", path, inode, fields))
-            self.flush_ledger(ledger)
-            if not self.disk.unlinks_open:  # nor renames
-                self._close_data(ledger)
-            self.publisher.give(self.data_path(ledger), folder, candidate)
-
-        with self.publisher.folder_of(ledger.upload.path) as folder:
-            found = self.publisher.choose(folder, name, lambda: self.data(ledger), give)
-        return parent + slash + found
-
-    def is_intact(self, ledger: _Ledger) -> bool:
-        """Return whether it is finished, and its file still there as published."""
-        finished = ledger.finished
-        status = self.publisher.stat(finished.path) if finished else None
-        if status is None or finished is None:
-            return False
-        now = (status.st_size, status.st_ino, status.st_mtime_ns)
-        return now == (finished.size, finished.inode, finished.modified)
-
-    # Cleaning
-
-    def drop(self, ledger: _Ledger) -> None:
-        """Forget an upload; to be called under the lock.  Needs no free space.
-
-        The ledger goes first: without its name it is dead for whoever has it open.
-        """
-        data, path = self.data_path(ledger), self._path(ledger.key + ".ledger")
-        if ledger.generation and not ledger.finished:
-            self._count_change(-1)
-        if self.disk.unlinks_open:
-            self.disk.unlink(path)
-        else:
-            self._close_data(ledger)
-            self.disk.truncate(ledger.fd, 0)
-        ledger.is_dead = True
-        self._discard(data)
-        self._unlink_busy(ledger.key)
-
-    def _discard(self, path: str) -> None:
-        """Remove a file that nobody needs; what can't be removed now is swept later."""
-        with contextlib.suppress(OSError):
-            self.disk.unlink(path)
-
-    def _sweep_upload(
-        self, key: str, datas: Sequence[str], stale_after: float, keep_receipts: float
-    ) -> bool:
-        """Bring one upload in order; return whether it goes on."""
-        ledger = self.acquire(key, False)
-        if ledger is None:
-            self._discard_all(datas)
-            return False
-        try:
-            with self.locked(ledger):
-                if not ledger.is_dead:
-                    current = os.path.basename(self.data_path(ledger))
-                    self._discard_all([name for name in datas if name != current])
-                    self._sweep_ledger(ledger, stale_after, keep_receipts)
-                is_over = ledger.is_dead or ledger.finished
-                goes_on = bool(ledger.generation and not is_over)
-            if self.announce and ledger.finished and not ledger.is_announced:
-                self._announce_end(ledger)
-            return goes_on
-        finally:
-            self.release(ledger)
-            if not self.disk.unlinks_open:
-                self._unlink_empty(key)
-
-    def _unlink_empty(self, key: str) -> None:
-        """Remove a dropped ledger that could not be removed while it was open."""
-        path = self._path(key + ".ledger")
-        with self._mutex:
-            status = self.disk.stat_path(path)
-            if status and not status.st_size and key not in self._ledgers:
-                self._discard(path)
-
-    def _sweep_ledger(
-        self, ledger: _Ledger, stale_after: float, keep_receipts: float
-    ) -> None:
-        """Do what a ledger needs."""
-        status = self.disk.stat(ledger.fd)
-        age = self.clock() - status.st_mtime
-        if ledger.finished:
-            self._discard(self.data_path(ledger))
-            # A file that is sent again every night would lengthen its ledger for ever.
-            if status.st_size - ledger.own_size > _LONG_RECEIPT_SIZE:
-                if not ledger.is_sent_again(self.clock() - keep_receipts):
-                    keep_receipts = min(keep_receipts, _LONG_RECEIPT_SECONDS)
-            if age > keep_receipts and ledger.users == 1:
-                if ledger.is_announced or not self.announce:
-                    self.drop(ledger)
-        elif not ledger.generation:
-            if self.disk.unlinks_open:
-                self.drop(ledger)
-        elif self._has_lost_data(ledger) and not self._published(ledger):
-            self.drop(ledger)
-        elif self._is_stale(ledger, age, stale_after):
-            self.drop(ledger)
-        elif ledger.is_complete and (ledger.is_one_version or age > _QUIET_SECONDS):
-            if self._may_finish(ledger, None, {}):
-                self._finish(ledger, None, {})
-
-    def _has_lost_data(self, ledger: _Ledger) -> bool:
-        """Whether recorded bytes may be missing: the power was cut with sync off."""
-        if ledger.boot and ledger.boot != self.disk.boot_id():
-            return True
-        status = self.disk.stat_path(self.data_path(ledger))
-        if status is None:  # cancelled by one sender: the others must be told
-            return bool(ledger.ranges.total) or not ledger.forgotten
-        return ledger.ranges.end > status.st_size
-
-    def _is_stale(self, ledger: _Ledger, age: float, stale_after: float) -> bool:
-        if age <= stale_after or ledger.users > 1:
-            return False
-        with self._mutex:
-            if self._is_busy_elsewhere(ledger.key):
-                return False
-        status = self.disk.stat_path(self.data_path(ledger))
-        if status is None:
-            return True
-        # Whoever writes in place holds the lock, in whatever process.
-        is_free = self.make_home(ledger)
-        self.leave_home(ledger)
-        return is_free and self.clock() - status.st_mtime > stale_after
-
-    def _discard_all(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._discard(self._path(name))
+            part.remove()
 
 
 _NO_LINKS = (
@@ -2915,586 +2851,6 @@ def _followed(path: str) -> str:
     """Return the absolute path; what is a link itself is where it leads to."""
     path = os.path.abspath(path)  # without the "/" after a link, which would hide it
     return os.path.realpath(path) if os.path.islink(path) else path
-
-
-def _sender_hash(sender: str) -> str:
-    """Return what stands in ledgers for a sender: addresses are not kept."""
-    return hashlib.sha256(sender.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _first_difference(mine: bytes, theirs: bytes) -> int:
-    """Return how many bytes two blocks have in common from the beginning."""
-    low, high = 0, min(len(mine), len(theirs))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if mine[:middle] == theirs[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _no_folder(word: str) -> Conflict:
-    return Conflict(f"{printable(word)} is not a folder on the server.")
-
-
-def _taken(name: str) -> Conflict:
-    return Conflict(f"There is a file {printable(name)} already.")
-
-
-def _cancelled() -> Conflict:
-    return Conflict("This upload was cancelled while the chunk was under way.")
-
-
-def _different() -> Conflict:
-    return Conflict(
-        "Other bytes are stored under this identifier: two versions of a file, or two"
-        " files, would be mixed."
-    )
-
-
-class Receiving:
-    """One body on its way into the store; write() in order, commit() once, close()."""
-
-    def __init__(
-        self, store: Store, upload: Upload, start: int, end: int, sender: str
-    ) -> None:
-        self.store = store
-        self.upload = upload
-        self.start = start
-        self.end = end
-        self.sender = sender
-        self.generation = ""  # that it began with
-        self.offset = 0  # of the ledger's lines that there were then
-        self._is_committed = False
-        with contextlib.ExitStack() as undo:
-            store.join(self)
-            undo.callback(store.leave, self)
-            self._way = self._remembered_way() or self._find_way()
-            undo.pop_all()
-        if self._way.ledger_or_none:
-            self.generation = self._way.generation
-            self.offset = self._way.ledger.offset
-
-    def __enter__(self) -> Receiving:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether this is all of the file."""
-        return self.end - self.start == self.upload.size
-
-    def _remembered_way(self) -> Optional[_Way]:
-        """Choose what suits most chunks; the first block shows whether it does."""
-        ledger = self.store.recall(self.upload.key)
-        if ledger is None:
-            return None
-        try:
-            return _InPlace(self, ledger)
-        finally:
-            self.store.release(ledger)
-
-    def _find_way(self) -> _Way:
-        """Choose how the bytes get where they belong."""
-        with self.store.entered(self.upload) as ledger:
-            if ledger is not None:
-                self.store.finish_published(ledger)
-                if self.store.is_intact(ledger):
-                    return _Repeated(self, ledger)
-                if ledger.ranges.total and not ledger.finished:
-                    way = _InPlace(self, ledger)
-                    try:
-                        return way if way.claim() else _Aside(self, ledger)
-                    finally:
-                        if not way.has_claimed:
-                            self.store.release(ledger)
-        self.store.publisher.refuse_early(self.upload, self.is_whole)
-        return _Aside(self, None)
-
-    def write(self, block: Union[bytes, memoryview]) -> None:
-        """Take the next bytes.
-
-        Raises Conflict when other bytes are recorded there, Trouble, or Malformed when
-        there are more than [start, end).
-        """
-        view = memoryview(block)
-        if self._way.position + len(view) > self.end:
-            raise Malformed(
-                f"The chunk has more bytes than the {self.end - self.start} that its"
-                " parameters say."
-            )
-        with _explained():
-            if not self._way.write(view):
-                self._change_way()
-                self.write(view)
-
-    def _change_way(self) -> None:
-        """Find another way, and take it with the bytes that came so far."""
-        old = self._way
-        try:
-            self._way = old.successor() or self._find_way()
-            for low in range(self.start, old.position, BLOCK_SIZE):
-                self.write(old.taken(low, min(BLOCK_SIZE, old.position - low)))
-        finally:
-            if self._way is not old:
-                old.close()
-
-    def commit(self, fields: Optional[Mapping[str, str]] = None) -> Progress:
-        """Record the bytes; raises Truncated, Conflict or Trouble, having done nothing.
-
-        When it returns, they survive a power cut (with sync).
-        """
-        if self._way.position != self.end:
-            raise Truncated(
-                f"The chunk has {self._way.position - self.start} bytes, but its"
-                f" parameters say {self.end - self.start}."
-            )
-        with _explained():
-            progress = self._way.commit(fields or {})
-            if progress is None:
-                self._change_way()
-                return self.commit(fields)
-            self._is_committed = True
-            return progress
-
-    def close(self) -> None:
-        """Let go; without a commit() nothing of it is left."""
-        try:
-            self._way.close()
-            if not self._is_committed:
-                self.store.note_cut(self)
-        finally:
-            self.store.leave(self)
-
-
-class _Way:
-    """How the bytes of one body get where they belong."""
-
-    fd = -1  # of a file of its own, while it is open
-
-    def __init__(self, body: Receiving, ledger: Optional[_Ledger]) -> None:
-        self.body = body
-        self.store = body.store
-        self.disk = body.store.disk
-        self.ledger_or_none = ledger
-        self.position = body.start
-        self.generation = ledger.generation if ledger else ""
-        if ledger:
-            self.store.keep(ledger)
-
-    @property
-    def ledger(self) -> _Ledger:
-        """The ledger of the upload that this body began with."""
-        assert self.ledger_or_none is not None
-        return self.ledger_or_none
-
-    def write(self, block: memoryview) -> bool:
-        """Take a block; False when another way must be found for it."""
-        raise NotImplementedError
-
-    def commit(self, fields: Mapping[str, str]) -> Optional[Progress]:
-        """Record the bytes; None when another way must be found for them."""
-        raise NotImplementedError
-
-    def successor(self) -> Optional[_Way]:
-        """Return the way that must be taken then; None when it is to be found."""
-        return None
-
-    def taken(self, position: int, size: int) -> bytes:
-        """Return bytes that were taken so far."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Let go."""
-        self.close_file()
-        if self.ledger_or_none is not None:
-            self.store.release(self.ledger_or_none)
-            self.ledger_or_none = None
-
-    def close_file(self) -> None:
-        """Close the file of its own, if it is open."""
-        if self.fd >= 0:
-            self.disk.close(self.fd)
-            self.fd = -1
-
-    def is_current(self) -> bool:
-        """Whether the upload is still the one that this body began with."""
-        return not self.ledger.is_dead and self.ledger.generation == self.generation
-
-    def require_current(self) -> None:
-        """Raise Conflict when that upload was dropped meanwhile."""
-        if not self.is_current():
-            raise _cancelled()
-
-    def record(self, ledger: _Ledger, gaps: Sequence[Tuple[int, int]]) -> None:
-        """Write down what this sender has sent: what was there already, and `gaps`."""
-        body, news = self.body, []
-        if not ledger.finished:
-            sent = ledger.sent.get(body.sender) or Ranges()
-            for low, high in ledger.ranges.within(body.start, body.end):
-                news += [("sent", *gap) for gap in sent.gaps(low, high)]
-        news += [("range", *gap) for gap in gaps]
-        if news:
-            lines = (_ledger_line(*line, body.sender) for line in news)
-            self.store.append(ledger, b"".join(lines))
-
-
-class _InPlace(_Way):
-    """Straight into the data file: what is missing is written, the rest compared.
-
-    The lock is taken with the first block: then somebody else may be writing there.
-    """
-
-    def __init__(self, body: Receiving, ledger: _Ledger) -> None:
-        super().__init__(body, ledger)
-        self.claims: List[Tuple[int, int]] = []
-        self.failed_flushes = 0
-        self.has_claimed = False
-        self.is_overtaken = False  # somebody else wrote where we had written
-        self.is_different = False  # and other bytes, once: those that are stored now
-
-    def claim(self) -> bool:
-        """Claim what is missing of the range; False when somebody else writes there."""
-        ledger, body = self.ledger, self.body
-        gaps = ledger.ranges.gaps(body.start, body.end)
-        rivals = [o for o in ledger.attempts if o.generation == ledger.generation]
-        taken = [claim for rival in rivals for claim in rival.claims]
-        if any(a < d and c < b for a, b in gaps for c, d in taken):
-            return False
-        if gaps:
-            self.store.require_welcome(ledger, body)
-            if not self.store.make_home(ledger):
-                return False
-            ledger.attempts.append(self)
-        self.claims, self.failed_flushes = gaps, ledger.failed_flushes
-        self.has_claimed = True
-        return True
-
-    def overtaken(self, start: int, end: int) -> None:
-        """Others write [start, end), which is not recorded; at `start` other bytes."""
-        end = min(end, self.position)
-        if any(max(low, start) < min(high, end) for low, high in self.claims):
-            is_ours = any(low <= start < high for low, high in self.claims)
-            self.is_different = is_ours and not self.is_overtaken
-            self.is_overtaken = True
-
-    def is_other_version(self) -> bool:
-        """Whether bytes that were written here differ from what others have stored."""
-        ledger, body = self.ledger, self.body
-        mine = ledger.sent.get(body.sender) or Ranges()
-        is_stored = not ledger.ranges.gaps(body.start, body.end)
-        return self.is_different and is_stored and bool(mine.gaps(body.start, body.end))
-
-    def write(self, block: memoryview) -> bool:
-        start, end = self.position, self.position + len(block)
-        gaps: List[Tuple[int, int]] = []
-        if self.claims or not self.has_claimed:
-            with self.store.locked(self.ledger):
-                self.require_current()
-                if not self.has_claimed and not self.claim():
-                    return False
-                gaps = self.ledger.ranges.gaps(start, end)
-                for low, high in gaps:
-                    data = self.store.data(self.ledger)
-                    self.disk.write(data, block[low - start : high - start], low)
-                    self.ledger.writes += 1
-                self.position = end
-        recorded = start
-        for low, high in gaps + [(end, end)]:
-            self._compare(block[recorded - start : low - start], recorded)
-            recorded = high
-        self.position = end
-        return True
-
-    def _compare(self, block: memoryview, offset: int) -> None:
-        """Hold bytes against recorded ones; raises Conflict when they differ."""
-        if not block:
-            return
-        end = offset + len(block)
-        with self.ledger.mutex:
-            self.require_current()
-            with contextlib.suppress(FileNotFoundError):  # others ended the upload
-                if self._is_equal(block, offset):
-                    return
-        with self.store.locked(self.ledger):
-            self.require_current()
-            self.store.finish_published(self.ledger)
-            if self._is_equal(block, offset):
-                return
-            is_late = any(a < end and offset < b for a, b in self.claims)
-            self.store.refuse_difference(self.ledger, self.body, is_late)
-
-    def _is_equal(self, block: memoryview, offset: int) -> bool:
-        data = self.store.data(self.ledger)
-        return self.disk.read(data, len(block), offset) == block
-
-    def commit(self, fields: Mapping[str, str]) -> Optional[Progress]:
-        ledger, body = self.ledger, self.body
-        if not self.has_claimed:  # not a byte came
-            return None
-        if self.claims:
-            self.store.flush_data(ledger)
-        with self.store.locked(ledger):
-            self.require_current()
-            self.store.require_flushed(ledger, self.failed_flushes)
-            gaps = ledger.ranges.gaps(body.start, body.end)
-            if gaps:
-                self.store.require_welcome(ledger, body)
-            if self.is_overtaken and self.is_other_version():
-                self.store.refuse_difference(ledger, body, is_late=True)
-            if self.is_overtaken:  # sent again, it is compared
-                raise _undone()
-            self.record(ledger, gaps)
-            self._drop_claims()
-            progress = self.store.settle(ledger, body, fields)
-        return self.store.conclude(ledger, progress)
-
-    def _drop_claims(self) -> None:
-        self.claims = []
-        if self in self.ledger.attempts:
-            self.ledger.attempts.remove(self)
-
-    def close(self) -> None:
-        """Let go; what was written and not recorded is cut off where it can be."""
-        if self.ledger_or_none is not None:
-            if self.claims:
-                with contextlib.suppress(OSError), self.store.locked(self.ledger):
-                    self._drop_claims()
-                    if self.is_current() and not self.ledger.is_complete:
-                        self._cut_off()
-                    if self.is_current() and self.is_other_version():
-                        self.store.note_refused(self.ledger, self.body.sender)
-            with self.ledger.mutex:
-                self._drop_claims()
-                self.store.leave_home(self.ledger)
-        super().close()
-
-    def _cut_off(self) -> None:
-        ledger = self.ledger
-        claims = [claim for other in ledger.attempts for claim in other.claims]
-        used = max([ledger.ranges.end] + [end for _, end in claims])
-        data = self.store.data(ledger)
-        if ledger.is_home and self.disk.stat(data).st_size > used:
-            self.disk.truncate(data, used)
-
-
-class _Aside(_Way):
-    """Into a private file first, at the offset that the bytes will have in the end.
-
-    So come the first chunk of an upload (a whole file, or what becomes the data file)
-    and a second attempt at a range that is being written.
-    """
-
-    def __init__(
-        self, body: Receiving, ledger: Optional[_Ledger], supersedes: str = ""
-    ) -> None:
-        self.path, self.fd = body.store.process.new_part()
-        self.supersedes = supersedes  # a finished generation that has other bytes
-        super().__init__(body, ledger)
-
-    def write(self, block: memoryview) -> bool:
-        self.disk.write(self.fd, block, self.position)
-        self.position += len(block)
-        return True
-
-    def commit(self, fields: Mapping[str, str]) -> Optional[Progress]:
-        body, store = self.body, self.store
-        if self.ledger_or_none is None:
-            self.disk.flush(self.fd)
-            progress = self._publish_at_once() if body.is_whole else None
-            if progress:
-                return progress
-        opener = None if self.ledger_or_none else body.sender
-        with store.entered(body.upload, opener) as ledger:
-            if ledger is None or self.generation not in ("", ledger.generation):
-                raise _cancelled()
-            store.finish_published(ledger)
-            self._bring_in(ledger)
-            progress = store.settle(ledger, body, fields)
-            store.keep(ledger)
-        try:
-            return store.conclude(ledger, progress)
-        finally:
-            store.release(ledger)
-
-    def _bring_in(self, ledger: _Ledger) -> None:
-        """Bring the bytes into the upload; under the lock."""
-        body, store = self.body, self.store
-        if ledger.finished and self._is_new_version(ledger):
-            if ledger.refused.get(body.sender, -1) > body.offset and not body.is_whole:
-                raise _different()  # its other chunks were refused meanwhile
-            if not store.is_intact(ledger):
-                store.require_sure_notes(ledger, body, is_sure=False)
-            store.begin_afresh(ledger, body.upload, body.sender, _noted(body, ledger))
-            if self.ledger_or_none:  # so commit() has not flushed what is adopted now
-                self.disk.flush(self._open())
-        for low, high in ledger.ranges.within(body.start, body.end):
-            if not _are_equal(self.disk, store.data(ledger), self.fd, low, high):
-                store.refuse_difference(ledger, body, is_late=True)
-        gaps = ledger.ranges.gaps(body.start, body.end)
-        if gaps:
-            store.require_welcome(ledger, body)
-        self._close_for_rename()
-        if not store.adopt(ledger, self.path):
-            failed_flushes = ledger.failed_flushes
-            for low, high in gaps:
-                store.merge(ledger, self._open(), low, high)
-            if gaps:
-                store.flush_data(ledger)
-            store.require_flushed(ledger, failed_flushes)
-        self.record(ledger, gaps)
-
-    def _is_new_version(self, ledger: _Ledger) -> bool:
-        """Whether this can't be the file that was finished."""
-        if self.supersedes == ledger.generation or not self.store.is_intact(ledger):
-            return True
-        end = self.body.upload.size
-        return self.body.is_whole and not _are_equal(
-            self.disk, self.store.data(ledger), self._open(), 0, end
-        )
-
-    def _publish_at_once(self) -> Optional[Progress]:
-        """Finish a file that came as one chunk: a link, and no ledger.
-
-        None when it needs a ledger: to be announced whatever happens, or to get another
-        name than its own, so that the same chunk sent again finds the same name.
-        """
-        upload, store = self.body.upload, self.store
-        if store.announce or store.knows(upload):
-            return None
-        name = upload.path.rpartition("/")[2]
-        with store.publisher.folder_of(upload.path) as folder:
-            is_new = self._name_part(folder, name)
-            if is_new is None:
-                return None
-            self.disk.flush_folder(folder)
-        generation = f"{upload.key}-{secrets.token_hex(8)}"
-        path, size = store.publisher.path(upload.path), upload.size
-        who = (upload.owner, upload.identifier)
-        done = Done(generation, path, upload.path, name, size, *who, {})
-        return Progress(size, size, done, is_new)
-
-    def _name_part(self, folder: Folder, name: str) -> Optional[bool]:
-        """Return True when the name was given, False when it had these very bytes."""
-        publisher = self.store.publisher
-        if publisher.policy == "replace" and self._is_there(folder, name):
-            return False
-        with contextlib.suppress(FileExistsError):
-            self._close_for_rename()
-            publisher.give(self.path, folder, name)
-            return True
-        if self._is_there(folder, name):
-            return False
-        if publisher.policy == "refuse":
-            raise _taken(name)
-        return None
-
-    def _is_there(self, folder: Folder, name: str) -> bool:
-        existing = self.disk.named(folder, name)
-        return existing is not None and self.store.publisher.is_same(
-            self._open(), folder, name, existing
-        )
-
-    def _close_for_rename(self) -> None:
-        if not self.disk.unlinks_open:
-            self.close_file()
-
-    def _open(self) -> int:
-        if self.fd < 0:
-            self.fd = self.disk.open(self.path, os.O_RDWR)
-        return self.fd
-
-    def close(self) -> None:
-        """Let go; the private file is removed."""
-        self.close_file()
-        self.store.process.drop_part(self.path)
-        super().close()
-
-
-class _Repeated(_Way):
-    """Compared with the finished file: the old answer, or a new upload."""
-
-    def __init__(self, body: Receiving, ledger: _Ledger) -> None:
-        assert ledger.finished is not None
-        path = body.store.publisher.path(ledger.finished.path)
-        self.modified = ledger.finished.modified
-        self.fd = body.store.disk.open(path, os.O_RDONLY)
-        super().__init__(body, ledger)
-
-    def write(self, block: memoryview) -> bool:
-        if self.disk.read(self.fd, len(block), self.position) != block:
-            return False
-        self.position += len(block)
-        return True
-
-    def taken(self, position: int, size: int) -> bytes:
-        block = self.disk.read(self.fd, size, position)
-        if self.disk.stat(self.fd).st_mtime_ns != self.modified:  # edited meanwhile
-            raise _unsure()
-        return block
-
-    def successor(self) -> Optional[_Way]:
-        """Return the way of a new version's bytes, None when it was begun already."""
-        with self.store.locked(self.ledger):
-            if not self.is_current():
-                return None
-            self.store.require_sure_notes(self.ledger, self.body)
-        self.store.publisher.refuse_early(self.body.upload, self.body.is_whole)
-        return _Aside(self.body, None, supersedes=self.generation)
-
-    def commit(self, fields: Mapping[str, str]) -> Optional[Progress]:
-        ledger, store = self.ledger, self.store
-        with store.locked(ledger):
-            if not self.is_current():
-                return None
-            self._note(ledger)
-            progress = store.settle(ledger, self.body, fields)
-        return store.conclude(ledger, progress)
-
-    def _note(self, ledger: _Ledger) -> None:
-        """Write down that these bytes came again and were equal.
-
-        Notes start afresh when they cover the file, when one comes again after two
-        minutes, and after two minutes of silence: the client sends the file once more.
-        """
-        body, now = self.body, self.store.clock()
-        mine = ledger.notes.get(body.sender, [])
-        noted = ledger.noted.get(body.sender) or Ranges()
-        limit = now - _NOTE_SECONDS
-        is_again = bool(noted.within(body.start, body.end)) and any(
-            one.start < body.end and body.start < one.end and one.time < limit
-            for one in mine
-        )
-        is_over = bool(mine) and mine[-1].time < limit
-        lines = b""
-        if is_again or is_over or (mine and noted.total == ledger.upload.size):
-            lines, mine = _ledger_line("afresh", body.sender), []
-        assert ledger.finished is not None
-        me = (body.start, body.end, body.sender)
-        is_retry = not mine and body.start > 0 and ledger.finished.last == me
-        note = _Note(body.start, body.end, body.sender, now, is_retry)
-        self.store.append(ledger, lines + _ledger_line("note", *note))
-
-
-def _noted(body: Receiving, ledger: _Ledger) -> List[Tuple[int, int]]:
-    """Return what this sender sent again of the finished file, but for this body's."""
-    mine = ledger.notes.get(body.sender, [])
-    noted = Ranges((note.start, note.end) for note in mine if not note.is_retry)
-    return noted.within(0, body.start) + noted.within(body.end, body.upload.size)
-
-
-def _unsure() -> Conflict:
-    return Conflict(
-        "Another version of this file was sent a while ago; please send this one again"
-        " from its beginning."
-    )
-
-
-def _undone() -> Trouble:
-    return Trouble("Another attempt at this chunk failed; please send it again.")
 
 
 # ---- page ----------------------------------------------------------------------------
@@ -4289,7 +3645,9 @@ class UploadApp:
             self.settings.on_conflict,
             Disk(self.settings.sync),
             self._completed if on_complete else None,
+            lambda sentence: self.log.warning("%s", sentence),
         )
+        self._senders = _Senders(self.store.temp_dir)
         name = os.path.basename(self.store.temp_dir)
         self._avoided = unicodedata.normalize("NFC", name)  # as those of clients are
         self.sweep()
@@ -4299,9 +3657,6 @@ class UploadApp:
         self._swept = self._counted = self._clock()
         stale_after = self.settings.stale_after or float("inf")
         self.store.sweep(stale_after, self.settings.keep_receipts)
-        with contextlib.suppress(IndexError):  # that was the last one
-            while True:
-                self.log.warning("%s", self.store.warnings.popleft())
 
     def tidy(self) -> None:
         """Sweep and count what is due; to be called every ten seconds or so.
@@ -4343,7 +3698,11 @@ class UploadApp:
     def _answer(self, request: Request) -> Response:
         self._check_host(request)
         if request.path == self.settings.upload_path:
-            return self._with_cors(request, self._upload_endpoint(request))
+            response = self._upload_endpoint(request)
+            if not (self._users or self._owner) and request.method != "OPTIONS":
+                headers = response.headers + self._senders.cookie(request)
+                response = response._replace(headers=headers)
+            return self._with_cors(request, response)
         is_sample = request.path.startswith("/sample/") and self.settings.sample_dir
         is_here = is_sample or request.path in ("/", "/health")
         if is_here and request.method not in ("GET", "HEAD"):
@@ -4471,7 +3830,8 @@ class UploadApp:
             return
         # Whom "*" lets in must not come with the password that a browser remembers.
         headers = request.headers
-        has_credentials = "authorization" in headers or "cookie" in headers
+        is_ours = all(name.startswith(_COOKIE) for name, _ in _cookies(request))
+        has_credentials = "authorization" in headers or not is_ours
         if has_credentials or "*" not in named:
             raise Foreign(
                 f"Pages of {printable(origin)} may not upload here; the setting"
@@ -4559,26 +3919,25 @@ class UploadApp:
         if form.dialect is None:
             return _NO_CONTENT
         chunk = form.chunk()
-        upload, sender = self._upload_of(request, chunk)
+        upload = self._upload_of(request, chunk)
         if chunk.length < 0:
-            return self._status(upload, sender)
-        end = chunk.start + chunk.length
-        if not self.store.has(upload, chunk.start, end, sender):
+            return self._status(upload)
+        if not self.store.has(upload, chunk.start, chunk.start + chunk.length):
             return _NO_CONTENT
         return _success("partial", size=upload.size)
 
-    def _status(self, upload: Upload, sender: str) -> Response:
-        ranges, done = self.store.status(upload, sender)
+    def _status(self, upload: Upload) -> Response:
+        ranges, done = self.store.status(upload)
         if done:
-            return _complete(done, ranges=[[0, upload.size]])
+            return _complete(done, ranges=ranges)
         status = "partial" if ranges else "unknown"
         return _success(status, size=upload.size, ranges=ranges)
 
     def _delete(self, request: Request, form: _Form) -> Response:
         if form.dialect is None:
             raise Malformed("The upload to cancel is not named.")
-        upload, sender = self._upload_of(request, form.chunk())
-        if self.store.forget(upload, sender):
+        upload = self._upload_of(request, form.chunk())
+        if self.store.forget(upload):
             self.log.info("%s cancelled %s", request.client, printable(upload.path))
         return _NO_CONTENT
 
@@ -4589,11 +3948,10 @@ class UploadApp:
         self._check_size(chunk)
         if not 0 <= request.length - chunk.length <= _MULTIPART_ALLOWANCE:
             raise _mismatch("body", request.length, chunk.length)
-        upload, sender = self._upload_of(request, chunk)
-        upload = self._placed(upload, form)
+        upload = self._placed(self._upload_of(request, chunk), form)
         self._check_room(upload)
         end, received = chunk.start + chunk.length, 0
-        with self.store.receive(upload, chunk.start, end, sender) as body:
+        with self.store.receive(upload, chunk.start, end) as body:
             for block in blocks:
                 received += len(block)
                 if received <= chunk.length:
@@ -4628,20 +3986,19 @@ class UploadApp:
             name = printable(done.relative_path)
             self.log.exception("on_complete failed for %s; the file stays", name)
 
-    def _upload_of(self, request: Request, chunk: Chunk) -> Tuple[Upload, str]:
-        """Return the upload that a chunk belongs to, and who sends it."""
-        owner = ""
+    def _upload_of(self, request: Request, chunk: Chunk) -> Upload:
+        """Return the upload that a chunk belongs to: that of its one sender."""
+        owner = sender = ""
         if self._users:
             owner = self._user(request)
         elif self._owner:
             owner = self._ask("owner", self._owner, request)
-        names = (owner, chunk.identifier, chunk.relative_path)
+        if not owner and not chunk.is_secret:
+            sender = self._senders.sender(request)
+        names = (chunk.identifier, chunk.relative_path)
         path = safe_path(chunk.relative_path, self._avoided)
-        key = upload_key(*names, chunk.size)
-        upload = Upload(key, path, chunk.size, *names)
-        if owner:
-            return upload, "owner " + owner
-        return upload, "secret" if chunk.is_secret else "address " + request.client
+        key = upload_key(owner, sender, *names, chunk.size)
+        return Upload(key, path, chunk.size, owner, *names, chunk.is_secret)
 
     def _placed(self, upload: Upload, form: _Form) -> Upload:
         """Return the upload with the path that place() wants for it."""
@@ -4696,7 +4053,7 @@ class UploadApp:
         """Return the free bytes of the disk, from a figure that is at most 10 s old."""
         free, counted = self._free_space
         if self._clock() - counted > _FIGURE_SECONDS:
-            with _explained():
+            with explained():
                 free = self.store.disk.free_space(self.store.upload_dir)
             self._free_space = (free, self._clock())
         return free
@@ -4784,6 +4141,84 @@ class UploadApp:
         start_response(f"{response.status} {phrase}", headers)
         body = b"" if request.method == "HEAD" else response.body
         return _WsgiBody(body, self.tidy)
+
+
+_COOKIE = "flowserver-"
+_COOKIE_SECONDS = 400 * 86400  # the longest that browsers keep one
+
+
+class _Senders:
+    """Who sends when nobody says so: a browser, as it was first seen.
+
+    That is a hash of its address and User-Agent.  A signed cookie remembers it when the
+    address changes.  It is in the cookie's name: a second one, from a second address at
+    the very beginning, does not replace the first, which browsers list first.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._key = _shared_key(os.path.join(folder, "key"))
+        # Without this a test request takes a quarter longer.
+        self._seen = functools.lru_cache(maxsize=4096)(self._look)
+
+    def sender(self, request: Request) -> str:
+        """Return who sends: whom a valid cookie names, else what is seen now."""
+        return self._remembered(request) or self._seen(*_seen_of(request))[0]
+
+    def cookie(self, request: Request) -> Tuple[Tuple[str, str], ...]:
+        """Return the header that sets a cookie, where there is no valid one."""
+        if self._remembered(request):
+            return ()
+        secure = "; Secure" if request.scheme == "https" else ""
+        return (("Set-Cookie", self._seen(*_seen_of(request))[1] + secure),)
+
+    def _remembered(self, request: Request) -> str:
+        if "cookie" not in request.headers:
+            return ""
+        for name, signature in _cookies(request):
+            sender = name[len(_COOKIE) :]
+            if name.startswith(_COOKIE) and hmac.compare_digest(
+                signature.encode(), self._hash("cookie", sender).encode()
+            ):
+                return sender
+        return ""
+
+    def _look(self, client: str, agent: str) -> Tuple[str, str]:
+        """Return who that is, and the cookie for it."""
+        where, address = client, _parse_address(client)
+        if address and address.version == 6:  # a household has the other 64 bits
+            where = str(ipaddress.ip_network((address, 64), strict=False))
+        sender = self._hash("sender", where, agent)
+        cookie = f"{_COOKIE}{sender}={self._hash('cookie', sender)}"
+        return sender, cookie + f"; Max-Age={_COOKIE_SECONDS}; HttpOnly; SameSite=Lax"
+
+    def _hash(self, *words: str) -> str:
+        text = json.dumps(words).encode()
+        return hmac.new(self._key, text, hashlib.sha256).hexdigest()[:32]
+
+
+def _seen_of(request: Request) -> Tuple[str, str]:
+    return request.client, request.headers.get("user-agent", "")
+
+
+def _cookies(request: Request) -> Iterator[Tuple[str, str]]:
+    """Yield name and value of each cookie, as they are listed (RFC 6265 4.2)."""
+    for pair in request.headers.get("cookie", "").split(";"):
+        name, _, value = pair.strip().partition("=")
+        if name:
+            yield name, value
+
+
+def _shared_key(path: str) -> bytes:
+    """Return the random bytes of a file, made by the first of all processes."""
+    disk = Disk()
+    with explained(), lock_of(disk, path) as fd:
+        key = disk.read(fd, 32, 0)
+        if len(key) < 32:
+            key = secrets.token_bytes(32)
+            disk.write(fd, key, 0)
+            disk.flush(fd)
+            disk.flush_names(os.path.dirname(path))
+        return key
 
 
 class _WsgiBody(List[bytes]):
@@ -5867,12 +5302,11 @@ def _check(settings: Settings) -> int:
     try:
         disk = Disk(settings.sync)
         store = Store(settings.upload_dir, settings.temp_dir, disk=disk)
-        path, fd = store.process.new_part()
+        part = _Part(disk, store.state_dir)
         try:
-            results = list(_trials(store, settings, path, fd))
+            results = list(_trials(store, settings, part.path, part.fd))
         finally:
-            disk.close(fd)
-            store.process.drop_part(path)
+            part.remove()
             store.close()
     except (FlowError, OSError) as error:
         print(f"FAILED  {error}")
