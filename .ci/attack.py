@@ -88,6 +88,7 @@ class File(NamedTuple):
     data: bytes
     chunk_size: int = 1000
     identifier: str = ""
+    address: str = "127.0.0.1"  # where the client sits: 127.0.0.2 is another sender
 
     @property
     def count(self) -> int:
@@ -125,22 +126,6 @@ class File(NamedTuple):
             del parameters["flow" + name]
         return "/upload?" + urllib.parse.urlencode(parameters)
 
-    def form(self, number: int) -> tuple[bytes, str]:
-        """The chunk as a browser's form, and its Content-Type."""
-        boundary = "----WebKitFormBoundaryAttack"
-        fields = "".join(
-            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'
-            f"{value}\r\n"
-            for name, value in self.parameters(number).items()
-        )
-        fields += (
-            f"--{boundary}\r\n"
-            'Content-Disposition: form-data; name="file"; filename="blob"\r\n'
-            "Content-Type: application/octet-stream\r\n\r\n"
-        )
-        body = fields.encode() + self.body(number) + f"\r\n--{boundary}--\r\n".encode()
-        return body, f"multipart/form-data; boundary={boundary}"
-
 
 # ---- a client ------------------------------------------------------------------------
 
@@ -158,15 +143,21 @@ class Answer(NamedTuple):
     def is_complete(self) -> bool:
         return self.status == 200 and self.json.get("status") == "complete"
 
+    @property
+    def was_overtaken(self) -> bool:
+        """Whether another attempt at this chunk took its place: it is sent again."""
+        return self.status == 503 and "Another attempt" in self.json["error"]
+
 
 class Client:
     """One connection, which is opened again when the server has gone away."""
 
     def __init__(self, port: int, address: str = "127.0.0.1") -> None:
         self.port = port
-        self.address = address  # where the client sits: 127.0.0.2 is somebody else
+        self.address = address
         self.connection: http.client.HTTPConnection | None = None
         self.failures = 0  # requests without an answer
+        self.stored: dict[File, set[int]] = {}  # what it was told so of
 
     def __enter__(self) -> Client:
         return self
@@ -208,18 +199,27 @@ class Client:
         return self.ask("GET", file.query(number))
 
     def post(self, file: File, number: int) -> Answer | None:
-        return self.ask("POST", file.query(number), file.body(number))
+        answer = self.ask("POST", file.query(number), file.body(number))
+        if answer is not None and answer.status == 200:
+            self.stored.setdefault(file, set()).add(number)
+        elif answer is not None and answer.status != 503:
+            self.stored.pop(file, None)
+        return answer
 
     def cancel(self, file: File) -> Answer | None:
+        self.stored.pop(file, None)
         return self.ask("DELETE", file.question())
 
-    def send(
-        self, file: File, tests: bool, numbers: Iterable[int] = ()
-    ) -> list[Answer]:
-        """Send a file, or chunks of it, as flow.js does, up to the first refusal."""
+    def send(self, file: File, way: str, numbers: Iterable[int] = ()) -> list[Answer]:
+        """Send a file, or chunks of it, as flow.js does, up to the first refusal.
+
+        A client "tests" first, or "sends all"; a page that lives on "remembers".
+        """
         answers = []
         for number in numbers or range(1, file.count + 1):
-            found = self.test(file, number) if tests else None
+            if way == "remembers" and number in self.stored.get(file, ()):
+                continue
+            found = self.test(file, number) if way == "tests" else None
             if found is not None and found.status == 200:
                 continue
             answer = self.post(file, number)
@@ -240,7 +240,9 @@ class HalfSent:
             f"Content-Length: {len(body)}\r\n\r\n"
         ).encode()
         self.rest = body[len(body) - held_back :]
-        self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.socket = socket.create_connection(
+            ("127.0.0.1", port), PATIENCE, (file.address, 0)
+        )
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.sendall(head + body[: len(body) - held_back])
 
@@ -280,8 +282,8 @@ class KillingDisk(flowserver.Disk):
     def flush(self, fd: int) -> None:
         os.fstat(fd)
 
-    def flush_folder(self, folder: Any) -> None:
-        os.fstat(folder.fd)
+    def flush_names(self, path: str) -> None:
+        os.stat(path)
 
     def counted(self) -> int:
         """Count one more call when that is wanted; return its number."""
@@ -366,8 +368,8 @@ class Server:
     def __exit__(self, *exception: object) -> None:
         self.kill()
 
-    def client(self, address: str = "127.0.0.1") -> Client:
-        return Client(self.port, address)
+    def client(self) -> Client:
+        return Client(self.port)
 
     def kill(self) -> None:
         if self.status is None:
@@ -473,8 +475,8 @@ class CommandServer:
     def __exit__(self, *exception: object) -> None:
         self.kill()
 
-    def client(self, address: str = "127.0.0.1") -> Client:
-        return Client(self.port, address)
+    def client(self) -> Client:
+        return Client(self.port)
 
     def kill(self) -> None:
         if self.process.poll() is None:
@@ -511,6 +513,12 @@ def leftovers(folder: Path) -> list[str]:
         for path in folder.glob(".flowserver/**/*")
         if path.suffix in (".data", ".part")
     )
+
+
+def let_an_hour_pass(folder: Path) -> None:
+    """Private files of a process that was killed are swept from now on."""
+    for part in folder.glob(".flowserver/**/*.part"):
+        os.utime(part, (0, 0))
 
 
 def announcements(done_log: Path) -> list[tuple[str, str]]:

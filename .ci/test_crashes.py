@@ -2,8 +2,8 @@
 
 For each scenario the server is killed just before and just after each call k of the
 calls with which it serves the request, started again, and the client goes on as flow.js
-does: with tests, or without and everything once more. Whatever k was, every file is
-whole and there once, nothing wrong is ever visible, and no data is left behind.
+does: with tests, everything once more, or what was not answered. Whatever k was, every
+file is whole and there once, nothing wrong is ever visible, and no data is left behind.
 
 Then the same from outside: strace kills `python flowserver.py` at the k-th of each kind
 of system call. FLOWSERVER_CRASHES=all tries every one of those, instead of some.
@@ -41,6 +41,7 @@ from attack import (
     eventually,
     finished_files,
     flowserver,
+    let_an_hour_pass,
     noise,
     quick_folder,
     without_collector,
@@ -60,14 +61,17 @@ class Way(NamedTuple):
 
     when: int  # kill before (0) or after (1) a call
     has_on_complete: bool
-    tests: bool | None = None  # how the client goes on; None: by turns
+    going_on: str = ""  # how the client goes on; "": by turns
 
 
+GOING_ON = ("tests", "sends all", "remembers")
 ALL_WAYS = (
-    Way(0, True, True),
-    Way(0, False, False),
-    Way(1, False, True),
-    Way(1, True, False),
+    Way(0, True, "tests"),
+    Way(1, True, "sends all"),
+    Way(0, True, "remembers"),
+    Way(1, False, "tests"),
+    Way(0, False, "sends all"),
+    Way(1, False, "remembers"),
 )
 
 
@@ -77,7 +81,7 @@ class Scenario(NamedTuple):
     name: str
     attack: Callable[[Client], None]
     prepare: Callable[[Client], None] = lambda client: None
-    goes_on: tuple[File, ...] = (PLAIN,)
+    goes_on: tuple[File, ...] = (PLAIN,)  # one that is there twice may be refused once
     versions: tuple[bytes, ...] = (OLD,)
     before: Mapping[str, bytes] = {}  # files that are there, all of which stay
     replaced: Mapping[str, bytes] = {}  # files that are there until they are replaced
@@ -115,11 +119,10 @@ ONE = File("a/one.bin", SMALL)
 ANOTHER_ONE = File("a/one.bin", SMALL_TOO, identifier="another")
 TWIN = File("a/b/report.bin", OTHER, identifier="twin")
 CHANGED = File("a/b/report.bin", NEW)
+MANY = File("a/many.bin", OLD, 50)  # its ledger is cut down at the end
 assert PLAIN.parameters(1)["flowIdentifier"] == CHANGED.parameters(1)["flowIdentifier"]
 
 TWO_WAYS = (Way(0, True), Way(1, False))  # on_complete changes how one chunk is stored
-# A client that tests first can't know that its file has changed (README).
-WITHOUT_TESTS = (Way(0, False, False),)
 
 # The five that every change must pass come first.
 SCENARIOS = (
@@ -167,17 +170,32 @@ SCENARIOS = (
     ),
     Scenario(
         "a changed file after the finish",
-        sends(CHANGED, 1, 2),
+        sends(CHANGED, 2),
         sends(PLAIN),
-        goes_on=(CHANGED,),
+        goes_on=(CHANGED, CHANGED),
+        versions=(OLD, NEW),
+        ways=ALL_WAYS,
+    ),
+    Scenario(
+        "a changed file after something has come again",
+        sends(CHANGED, 2),
+        each(sends(PLAIN), sends(CHANGED, 1)),
+        goes_on=(CHANGED, CHANGED),
         versions=(OLD, NEW),
     ),
     Scenario(
         "a changed file's last chunk",
         sends(CHANGED, 3),
-        each(sends(PLAIN), sends(CHANGED, 1, 2)),
+        each(sends(PLAIN), sends(CHANGED, 2, 1)),
         goes_on=(CHANGED,),
         versions=(OLD, NEW),
+    ),
+    Scenario(
+        "the last of many chunks",
+        sends(MANY, MANY.count),
+        sends(MANY, *range(1, MANY.count)),
+        goes_on=(MANY,),
+        ways=TWO_WAYS,
     ),
     Scenario(
         "a cancelled upload",
@@ -190,7 +208,6 @@ SCENARIOS = (
         sends(PLAIN, 1, 2),
         goes_on=(CHANGED, CHANGED),
         versions=(NEW,),
-        ways=WITHOUT_TESTS,
     ),
     Scenario(
         "an old file is replaced",
@@ -222,6 +239,11 @@ def void(_: object) -> None:
     pass
 
 
+def wait_little() -> None:
+    """The end of the file does not wait long for the attempt that stalls."""
+    flowserver._WAIT_SECONDS = 0.02
+
+
 class CrashCase(AttackCase):
     """One kill in a fresh folder, and all that must hold after it."""
 
@@ -230,9 +252,16 @@ class CrashCase(AttackCase):
         self.addCleanup(shutil.rmtree, self.home)
         self.trials = 0
         self.looks = 0
+        self.stored: dict[File, set[int]] = {}  # what the client remembers
+
+    def client(self, server: Server | CommandServer) -> Client:
+        client = server.client()
+        client.stored = self.stored
+        return client
 
     def folder_for(self, scenario: Scenario) -> Path:
         self.trials += 1
+        self.stored = {}
         folder = self.home / str(self.trials)
         for path, data in {**scenario.before, **scenario.replaced}.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -244,16 +273,18 @@ class CrashCase(AttackCase):
         self,
         scenario: Scenario,
         folder: Path,
-        tests: bool,
+        way: str,
         start: Callable[[Path], Any],
         done_log: Path | None = None,
     ) -> None:
         """Start again, go on, and look all the while."""
         before = (*scenario.before.values(), *scenario.replaced.values())
+        let_an_hour_pass(folder)
         with Watcher(folder, (*scenario.versions, *before)) as watcher:
-            with start(folder) as server, server.client() as client:
-                for file in scenario.goes_on:
-                    self.check_going_on(client, file, tests, scenario)
+            with start(folder) as server, self.client(server) as client:
+                for place, file in enumerate(scenario.goes_on, 1):
+                    may_be_refused = file in scenario.goes_on[place:]
+                    self.check_going_on(client, file, way, may_be_refused)
         self.looks += watcher.looks
         self.assertEqual(watcher.wrong, {}, "wrong files were visible")
         self.assert_stored_once(folder, scenario.versions)
@@ -266,14 +297,14 @@ class CrashCase(AttackCase):
             )
 
     def check_going_on(
-        self, client: Client, file: File, tests: bool, scenario: Scenario
+        self, client: Client, file: File, way: str, may_be_refused: bool
     ) -> None:
-        answers = client.send(file, tests)
-        is_refusal_due = len(set(scenario.goes_on)) < len(scenario.goes_on)
-        if is_refusal_due and answers[-1].status != 200:
+        answers = client.send(file, way)
+        if may_be_refused and answers[-1].status != 200:
             return  # two versions: the next try, which is on the list, starts afresh
-        self.assertEqual({answer.status for answer in answers}, {200}, answers)
-        self.assertTrue(any(answer.is_complete for answer in answers), answers)
+        self.assertLessEqual({answer.status for answer in answers}, {200}, answers)
+        if answers:
+            self.assertTrue(any(answer.is_complete for answer in answers), answers)
 
 
 class CrashTest(CrashCase):
@@ -284,13 +315,11 @@ class CrashTest(CrashCase):
         folder = self.folder_for(scenario)
         memory = mmap.mmap(-1, mmap.PAGESIZE)
         log = folder.with_suffix(".log") if way.has_on_complete else None
-        tests = call % 2 == 0 if way.tests is None else way.tests
+        going_on = way.going_on or GOING_ON[call % len(GOING_ON)]
         stalled = None
         try:
-            server = Server(
-                folder, lambda: scenario.disk(memory), log, **scenario.settings
-            )
-            with server, server.client() as client:
+            server = self.attacked(scenario, folder, memory, log)
+            with server, self.client(server) as client:
                 scenario.prepare(client)
                 if scenario.stalls:
                     stalled = self.stalled(server, scenario, folder)
@@ -304,9 +333,21 @@ class CrashTest(CrashCase):
             memory.close()
             if stalled is not None:
                 stalled.close()
-        self.check_recovery(scenario, folder, tests, self.restart(scenario, log), log)
+        start = self.restart(scenario, log)
+        self.check_recovery(scenario, folder, going_on, start, log)
         shutil.rmtree(folder)
         return True
+
+    def attacked(
+        self, scenario: Scenario, folder: Path, memory: mmap.mmap, log: Path | None
+    ) -> Server:
+        return Server(
+            folder,
+            lambda: scenario.disk(memory),
+            log,
+            wait_little if scenario.stalls else None,
+            **scenario.settings,
+        )
 
     def restart(
         self, scenario: Scenario, done_log: Path | None
@@ -353,7 +394,7 @@ class CrashTest(CrashCase):
         self.assertGreater(total, 1000)
         print(
             f"\n{total} crashes in {len(SCENARIOS)} scenarios, "
-            f"{self.looks} looks at the folder: 0 wrong",
+            f"{self.looks} looks at the folder",
             flush=True,
         )
 
@@ -362,7 +403,7 @@ class CrashTest(CrashCase):
         folder = self.folder_for(scenario)
         memory = mmap.mmap(-1, mmap.PAGESIZE)
         log = folder.with_suffix(".log") if way.has_on_complete else None
-        server = Server(folder, lambda: scenario.disk(memory), log, **scenario.settings)
+        server = self.attacked(scenario, folder, memory, log)
         with server, server.client() as client:
             scenario.prepare(client)
             stalled = (
@@ -380,14 +421,11 @@ class CrashTest(CrashCase):
         """What the store calls past Disk would never be tried here."""
         self.assertGreater(len(disk_calls()), 20)
         source = Path(flowserver.__file__).read_text(encoding="utf-8")
-        room = re.search(
-            r"^# ---- store -.*?^# ---- ", source, re.MULTILINE | re.DOTALL
-        )
-        assert room is not None
-        outside = room[0][room[0].index("\nclass Store:") :]
-        calls = re.findall(
-            r"\bos\.(?!path\b|O_|name\b|getpid\b|sep\b|fspath\b)\w+", outside
-        )
+        rooms = source[
+            source.index("\n# ---- ledgers -") : source.index("\n# ---- page -")
+        ]
+        calls = re.findall(r"\bos\.(?!path\b|O_|name\b|getpid\b)\w+", rooms)
+        calls += re.findall(r"\bshutil\b|(?<!\.)(?<!def )\bopen\(", rooms)
         # The start makes the folders, before there is anything to lose.
         allowed = {"os.makedirs", "os.stat", "os.stat_result"}
         self.assertLessEqual(set(calls), allowed)
@@ -402,14 +440,14 @@ class RecoveryIsProvenTest(CrashCase):
         (folder / "a/b").mkdir(parents=True)
         (folder / "a/b/report.bin").write_bytes(OLD[:-1] + b"x")
         with self.assertRaises(AssertionError):
-            self.check_recovery(scenario, folder, False, Server)
+            self.check_recovery(scenario, folder, "sends all", Server)
 
     def test_a_second_copy_is_caught(self) -> None:
         scenario = SCENARIOS[2]
         folder = self.folder_for(scenario)
         (folder / "copy.bin").write_bytes(OLD)
         with self.assertRaises(AssertionError):
-            self.check_recovery(scenario, folder, False, Server)
+            self.check_recovery(scenario, folder, "sends all", Server)
 
 
 # What changes something; the names of one kernel and those of another.
@@ -449,7 +487,7 @@ class StraceTest(CrashCase):
             for part in ("--" + name.replace("_", "-"), str(value))
         ]
         server = CommandServer(folder, *flags)
-        with server.client() as client:
+        with self.client(server) as client:
             scenario.prepare(client)
         return server
 
@@ -472,7 +510,7 @@ class StraceTest(CrashCase):
                 thread[match[2]] += 1
         return max(calls.values(), key=lambda counter: counter.total())
 
-    def kill_at(self, scenario: Scenario, name: str, count: int, tests: bool) -> bool:
+    def kill_at(self, scenario: Scenario, name: str, count: int) -> bool:
         """Kill at the count-th call of a name in one thread; check what comes then."""
         folder = self.folder_for(scenario)
         with self.prepared(scenario, folder) as server:
@@ -485,7 +523,7 @@ class StraceTest(CrashCase):
                 "-o",
                 os.devnull,
             )
-            with server.client() as client:
+            with self.client(server) as client:
                 scenario.attack(client)
                 was_killed = client.failures > 0
             if not was_killed:  # it came with, or behind, the last answer
@@ -496,7 +534,7 @@ class StraceTest(CrashCase):
         self.check_recovery(
             scenario,
             folder,
-            tests,
+            GOING_ON[count % len(GOING_ON)],
             lambda folder: Server(folder, sync=False, **scenario.settings),
         )
         shutil.rmtree(folder)
@@ -517,11 +555,11 @@ class StraceTest(CrashCase):
                 moments = rng.sample(moments, min(len(moments), 12))
             for name, count in moments:
                 with self.subTest(scenario.name, call=name, count=count):
-                    kills += self.kill_at(scenario, name, count, tests=bool(count % 2))
+                    kills += self.kill_at(scenario, name, count)
                     tried += 1
         print(
             f"\n{kills} of {tried} kills from outside came while a request was served"
-            f" ({possible} system calls are possible): 0 wrong",
+            f" ({possible} system calls are possible)",
             flush=True,
         )
         self.assertGreaterEqual(kills, tried * 3 // 4)
