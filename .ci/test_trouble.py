@@ -18,7 +18,7 @@ import tempfile
 import textwrap
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,32 @@ from attack import (
     File,
     HalfSent,
     Server,
+    disk_calls,
     eventually,
     finished_files,
     flowserver,
     leftovers,
+    let_an_hour_pass,
     noise,
 )
 
 IS_ROOT_ON_LINUX = sys.platform.startswith("linux") and os.geteuid() == 0
 DATA = noise(3 * 100_000 + 17, seed=1)
-FILE = File("a/report.bin", DATA, 100_000)
+FILE = File("a/report.bin", DATA, 100_000, f"flowserver-{0:032}-1")
 
 
 def mount(*arguments: str) -> bool:
     return subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
+
+
+def put(store: Any, file: File, number: int) -> Any:
+    """Store one chunk, as the application does."""
+    size, identifier = len(file.data), file.identifier or file.path
+    key = flowserver.upload_key("", "", identifier, file.path, size)
+    upload = flowserver.Upload(key, file.path, size, "", identifier, file.path)
+    with store.receive(upload, *file.edges(number)) as body:
+        body.write(file.body(number))
+        return body.commit()
 
 
 class TroubleCase(AttackCase):
@@ -71,7 +83,7 @@ class TroubleCase(AttackCase):
         self.assertNotIn("Traceback", sentence)
 
     def assert_goes_on(self, client: Client, first: int = 1) -> None:
-        answers = client.send(FILE, True, range(first, FILE.count + 1))
+        answers = client.send(FILE, "tests", range(first, FILE.count + 1))
         self.assertTrue(answers[-1].is_complete, answers)
         self.assert_stored_once(self.folder, [DATA])
 
@@ -84,7 +96,7 @@ class RealTroubleTest(TroubleCase):
             Server(self.folder) as server,
             server.client() as client,
         ):
-            self.assertEqual(client.send(FILE, True, [1])[0].status, 200)
+            self.assertEqual(client.send(FILE, "tests", [1])[0].status, 200)
             filler = self.folder / "filler"
             with contextlib.suppress(OSError), open(filler, "wb", 0) as file:
                 while True:
@@ -103,7 +115,7 @@ class RealTroubleTest(TroubleCase):
     def test_permission_that_is_lost(self) -> None:
         """Root may write anywhere, but not into a folder that is immutable."""
         with Server(self.folder) as server, server.client() as client:
-            state = str(self.folder / ".flowserver" / "v1")
+            state = str(self.folder / ".flowserver" / "v2")
             if subprocess.run(["chattr", "+i", state], capture_output=True).returncode:
                 self.skipTest("no immutable folders here")
             try:
@@ -119,7 +131,7 @@ class RealTroubleTest(TroubleCase):
         with Server(self.folder) as server, server.client() as client:
             self.assertTrue(mount("-t", "tmpfs", "none", str(below)))
             try:
-                answers = client.send(FILE, True)
+                answers = client.send(FILE, "tests")
                 self.assert_trouble(answers[-1], "another file system")
                 server.kill()
                 with Server(self.folder) as again, again.client() as other:
@@ -153,9 +165,9 @@ class SickDisk(flowserver.Disk):
         if (self.symptoms / "no flush").exists():
             raise OSError(errno.EIO, "input/output error")
 
-    def flush_folder(self, folder: Any) -> None:
-        super().flush_folder(folder)
-        if (self.symptoms / "no folder flush").exists():
+    def flush_names(self, path: str) -> None:
+        super().flush_names(path)
+        if (self.symptoms / "no flush of names").exists():
             raise OSError(errno.EIO, "input/output error")
 
 
@@ -166,11 +178,11 @@ class TroubleTest(TroubleCase):
         for symptom, word in (
             ("read-only", "read-only"),
             ("no flush", "error"),
-            ("no folder flush", "error"),
+            ("no flush of names", "error"),
         ):
             for sick in (1, 2, 3):
-                # Names of folders are flushed at the ends only.
-                if symptom == "no folder flush" and sick == 2:
+                # Names are flushed at beginnings and ends only.
+                if symptom == "no flush of names" and sick == 2:
                     continue
                 with self.subTest(symptom, chunk=sick):
                     self.check_sickness(symptom, word, sick)
@@ -227,13 +239,8 @@ class TroubleTest(TroubleCase):
         store = flowserver.Store(
             str(self.folder), disk=flowserver.Disk(False), clock=lambda: now[0]
         )
-        identifier = f"{len(DATA)}-{FILE.path}"
-        key = flowserver.upload_key("", identifier, FILE.path, len(DATA))
-        upload = flowserver.Upload(key, FILE.path, len(DATA), "", identifier, FILE.path)
         for number in (1, 2, 3):
-            with store.receive(upload, *FILE.edges(number), "A") as body:
-                body.write(FILE.body(number))
-                body.commit()
+            put(store, FILE, number)
             now[0] -= 1e8  # what is from the future is not stale
             store.sweep(1, 1)
         store.close()
@@ -255,26 +262,97 @@ class TroubleTest(TroubleCase):
         counted = [0]
 
         class Counting(flowserver.Disk):
-            def named(self, *arguments: Any) -> Any:
+            def stat_path(self, path: str) -> Any:
                 counted[0] += 1
-                return super().named(*arguments)
+                return super().stat_path(path)
 
-            def write(self, *arguments: Any) -> None:
+            def publish(self, source: str, target: str) -> None:
                 counted[0] += 1
-                super().write(*arguments)
-
-            def stat(self, *arguments: Any) -> Any:
-                counted[0] += 1
-                return super().stat(*arguments)
+                super().publish(source, target)
 
         store = flowserver.Store(str(folder), disk=Counting(False))
-        upload = flowserver.Upload("0" * 40, "x.bin", 4, "", "x", "x.bin")
-        with store.receive(upload, 0, 4, "A") as body:
-            body.write(b"some")
-            done = body.commit().done
+        done = put(store, File("x.bin", b"some"), 1).done
         store.close()
         self.assertEqual(done.filename, f"x ({many}).bin")
         return counted[0]
+
+
+class FailingDisk(flowserver.Disk):
+    """From a certain call on every call fails, until the disk is healthy again."""
+
+    left = 1 << 60  # calls until then
+    error = 0
+    was_sick = False
+
+
+def _failing(name: str) -> Callable[..., Any]:
+    def call(disk: FailingDisk, *arguments: Any) -> Any:
+        disk.left -= 1
+        if disk.left < 0:
+            raise OSError(disk.error, os.strerror(disk.error))
+        return getattr(super(FailingDisk, disk), name)(*arguments)
+
+    return call
+
+
+for _name in disk_calls():
+    if _name not in ("close", "unlock", "boot_id"):
+        setattr(FailingDisk, _name, _failing(_name))
+
+
+class AnyCallTest(TroubleCase):
+    """The machine fails from any call on, and is healthy for the next attempt"""
+
+    TAKEN = File("a/b.bin", noise(3017, seed=2))
+    PLAIN = File("a/b.bin", noise(3017, seed=3), identifier="another")
+    CHANGED = File("a/b.bin", noise(3017, seed=4))
+    WHOLE = File("a/b.bin", noise(700, seed=5))
+
+    def send_all(self, disk: FailingDisk, healthy_calls: int) -> bool:
+        """Send chunks, each until it is stored; return whether there was trouble."""
+        done: list[Any] = []
+        store = flowserver.Store(str(self.folder), disk=disk, announce=done.append)
+        disk.left = healthy_calls
+        self.send(store, self.TAKEN, 1, 2, 3)
+        self.send(store, self.PLAIN, 3, 1, 2, 2)
+        try:
+            self.send(store, self.CHANGED, 2, 1, 3)
+        except flowserver.Conflict:  # something had come again, after some trouble
+            self.send(store, self.CHANGED, 2, 1, 3)
+        self.send(store, self.WHOLE, 1)
+        store.close()
+        ids = {(one.id, one.relative_path) for one in done}
+        self.assertEqual((len(done), len(ids)), (4, 4))
+        return disk.was_sick
+
+    def send(self, store: Any, file: File, *numbers: int) -> None:
+        for number in numbers:
+            try:
+                put(store, file, number)
+            except flowserver.Trouble:
+                self.assertFalse(store.disk.was_sick, "it is healthy again")
+                store.disk.left, store.disk.was_sick = 1 << 60, True
+                put(store, file, number)
+
+    def test_every_call(self) -> None:
+        files = (self.TAKEN, self.PLAIN, self.CHANGED, self.WHOLE)
+        calls = 0
+        for error in (errno.ENOSPC, errno.EIO, errno.EMFILE):
+            for healthy in range(10_000):
+                with self.subTest(os.strerror(error), call=healthy):
+                    shutil.rmtree(self.folder)
+                    disk = FailingDisk(sync=True)
+                    disk.error = error
+                    if not self.send_all(disk, healthy):
+                        break
+                    calls += 1
+                    let_an_hour_pass(self.folder)
+                    later = flowserver.Store(str(self.folder), announce=print)
+                    later.sweep(1e9, 1e9)
+                    later.close()
+                    self.assert_stored_once(self.folder, [one.data for one in files])
+        print(f"\n{calls} calls failed, and all that followed", flush=True)
+        self.assertGreater(calls, 3 * 100)
 
 
 FAKE = """
@@ -304,7 +382,7 @@ spec.loader.exec_module(flowserver)
 ON_A_FAKED_SYSTEM = """
 import random, threading
 disk = flowserver.Disk()
-disk.unlinks_open = disk.shares_locks = False
+disk.unlinks_open = False
 # An open file can be neither renamed nor removed, and virus scanners come by.
 open_paths, count, scanned = {}, [0], set()
 names = ("open", "close", "unlink", "replace", "rename")
@@ -328,7 +406,7 @@ def guarded(name):
             raise FileExistsError(17, "exists", paths[1])
         return real[name](*paths, **named)
     return call
-os.open, os.close = opened, closed
+os.open, flowserver.Disk.close = opened, staticmethod(closed)
 for name in ("unlink", "replace", "rename"):
     setattr(os, name, guarded(name))
 os.name = "nt"
@@ -338,10 +416,10 @@ files = {f"d/{i}.bin": random.Random(i).randbytes(900 + i) for i in range(24)}
 files.update({f"small{i}": bytes([i]) * i for i in range(6)})
 def upload_of(path):
     size = len(files[path])
-    key = flowserver.upload_key("", "x", path, size)
+    key = flowserver.upload_key("", "", "x", path, size)
     return flowserver.Upload(key, path, size, "", "x", path)
 def send(path, low, high):
-    with store.receive(upload_of(path), low, high, "A") as body:
+    with store.receive(upload_of(path), low, high) as body:
         body.write(files[path][low:high])
         return body.commit()
 work = []
@@ -375,7 +453,7 @@ for path, data in files.items():
         assert file.read() == data, path
 found = sum(len(n) for f, _, n in os.walk(root) if ".flowserver" not in f)
 assert found == len(files), found
-left = [n for n in os.listdir(os.path.join(root, ".flowserver", "v1"))
+left = [n for n in os.listdir(os.path.join(root, ".flowserver", "v2"))
     if n.endswith((".data", ".part"))]
 assert not left, left
 assert not errors, errors
@@ -399,7 +477,7 @@ class OtherSystemTest(TroubleCase):
     def test_a_stolen_file_is_noticed(self) -> None:
         """The judge of this file fails where it should."""
         with Server(self.folder) as server, server.client() as client:
-            client.send(FILE, True)
+            client.send(FILE, "tests")
         (self.folder / "a/report.bin").write_bytes(DATA[:-1])
         with self.assertRaises(AssertionError):
             self.assert_stored_once(self.folder, [DATA])
