@@ -782,10 +782,10 @@ NAMES = [
     *("a:b", "a.txt:stream", "a.txt::$DATA", ":", "a|b", "a<b>", "a*b", "a?b", 'a"b'),
     *("a\0b", "a\nb", "a\rb", "a\r\nb", "\n", "a\tb", "a\x1bb", "a\x7fb", "a\x85b"),
     *("a\u202etxt.exe", "a\u2066b", "a\u200eb", "a\u2028b", "a\ufeffb", "a\u00adb"),
-    *(".flowserver", ".flowserver/x", ".flowserver/v1/x", ".FLOWSERVER/x"),
+    *(".flowserver", ".flowserver/x", ".flowserver/v2/x", ".FLOWSERVER/x"),
     *(".flowserver./x", ".flowserver /x", " .flowserver/x", "./.flowserver/x"),
     *(".flow\u200cserver/x", ".flow\u206aserver/x", ".flow\ufeffserver/x"),
-    *(".flow\u017ferver/x", "FLOWSE~1/x", "flowse~2/v1/x", "a/../.flowserver/x"),
+    *(".flow\u017ferver/x", "FLOWSE~1/x", "flowse~2/v2/x", "a/../.flowserver/x"),
     *(
         "e\u0301",
         "é",

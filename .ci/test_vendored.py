@@ -49,6 +49,7 @@ from vendored_snippets import MOST_LINES, lines_of_code, snippet, snippets
 # Six chunks, the last of which takes the remainder.
 CONTENT = noise(6 * CHUNK_SIZE + 17)
 NAME = "Grüße 日本/a+b & c.bin"
+SECRET = f"flowserver-{0:032}-1"  # an identifier that nobody else can know
 
 flowserver: ModuleType
 
@@ -103,7 +104,7 @@ class VendoredCase(unittest.TestCase):
 
     def check_cancelling(self, client: Client) -> None:
         """GET knows what is stored, DELETE forgets it."""
-        chunk = Chunk("cancelled.bin", CONTENT)
+        chunk = Chunk("cancelled.bin", CONTENT, identifier=SECRET)
         self.assertEqual(client.send(chunk).told["status"], "partial")
         self.assertEqual(client.test(chunk).status, 200)
         self.assertEqual(client.ask("HEAD", "?" + chunk.query).status, 200)
@@ -357,7 +358,7 @@ class WsgiTest(VendoredCase):
         return answer[0], answer[1], told
 
     def test_every_kind_of_answer_is_valid(self) -> None:
-        chunk = Chunk("a.bin", CONTENT)
+        chunk = Chunk("a.bin", CONTENT, identifier=SECRET)
         kind = "multipart/form-data; boundary=----flowserver"
         rows = [
             ("GET", "/", "", b"", 200),
@@ -696,11 +697,12 @@ class NginxTest(SiteCase):
 
     def test_each_client_has_its_own_address(self) -> None:
         nginx = self.site()
-        chunk = Chunk("a.bin", CONTENT)
+        chunk = Chunk("a.bin", CONTENT, number=2)
         mine = self.visitor(nginx, address="127.0.0.2")
         strangers = self.visitor(nginx, address="127.0.0.3")
         strangers.headers["X-Forwarded-For"] = "127.0.0.2"  # an invention
-        self.assertEqual(mine.send(chunk).status, 200)
+        for number in (1, 2, 3):
+            self.assertEqual(mine.send(chunk._replace(number=number)).status, 200)
         for client, expected in ((mine, 200), (strangers, 204)):
             for _ in self.servers:  # nginx asks them in turn
                 self.assertEqual(client.test(chunk).status, expected)

@@ -65,8 +65,9 @@ def answer(app: UploadApp) -> bytes:
 def keep(content: bytes) -> str:
     path = safe_path("films/a.bin")
     store = Store("uploads", disk=Disk(sync=True), announce=arrived)
-    upload = Upload(upload_key("ann", "a", path, len(content)), path, len(content))
-    with store.receive(upload, 0, len(content), sender="ann") as body:
+    key = upload_key("ann", "", "a", path, len(content))
+    upload = Upload(key, path, len(content), owner="ann", identifier="a")
+    with store.receive(upload, 0, len(content)) as body:
         body.write(content)
         progress = body.commit({"project": "one"})
     received: int = progress.received
