@@ -272,7 +272,6 @@ class OpenUploadsTest(GrowthTest):
             early[-10:] + early[:10], late[-10:] + late[:10], strict=True
         ):
             self.assert_no_dearer(after, before, factor=1)
-        store.close()
         self.check_start_up()
 
     def check_start_up(self) -> None:
@@ -283,7 +282,6 @@ class OpenUploadsTest(GrowthTest):
             store = self.store(disk)
             store.sweep(stale_after=86400, keep_receipts=86400)
             self.assertGreaterEqual(store.open_uploads, self.COUNT)
-            store.close()
 
         costs = [cost_of(disk, start) for _ in range(3)]
         self.assertLess(number_of(disk.calls), 3 * 20 * self.COUNT)

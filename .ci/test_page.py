@@ -500,6 +500,7 @@ class UploadTest(PageCase):
         self.serve()
         self.choose(path)
         self.wait_until_done()
+        self.wait_for_accepted(2)  # both may be told of the end, one before the other
         BROWSER.reload()
         self.choose(path)
         self.wait_until_done()

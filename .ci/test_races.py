@@ -351,12 +351,11 @@ class RaceTest(RaceCase):
     def test_without_the_lock_the_race_is_lost(self) -> None:
         def unlock() -> None:
             @contextlib.contextmanager
-            def locked(ledger: Any) -> Iterator[None]:
-                ledger._refresh()
+            def locked(disk: Any, fd: int, waits: bool = True) -> Iterator[bool]:
                 time.sleep(0)
-                yield
+                yield True
 
-            flowserver._Ledger.locked = locked
+            flowserver.locked = locked
 
         race = self.race(1, min(UPLOADS, 600), unlock)
         self.assertNotEqual(self.problems(race), [])

@@ -243,7 +243,6 @@ class TroubleTest(TroubleCase):
             put(store, FILE, number)
             now[0] -= 1e8  # what is from the future is not stale
             store.sweep(1, 1)
-        store.close()
         self.assert_stored_once(self.folder, [DATA])
 
     def test_ten_thousand_files_of_one_name(self) -> None:
@@ -272,7 +271,6 @@ class TroubleTest(TroubleCase):
 
         store = flowserver.Store(str(folder), disk=Counting(False))
         done = put(store, File("x.bin", b"some"), 1).done
-        store.close()
         self.assertEqual(done.filename, f"x ({many}).bin")
         return counted[0]
 
@@ -320,7 +318,6 @@ class AnyCallTest(TroubleCase):
         except flowserver.Conflict:  # something had come again, after some trouble
             self.send(store, self.CHANGED, 2, 1, 3)
         self.send(store, self.WHOLE, 1)
-        store.close()
         ids = {(one.id, one.relative_path) for one in done}
         self.assertEqual((len(done), len(ids)), (4, 4))
         return disk.was_sick
@@ -446,7 +443,6 @@ last = "d/3.bin"
 again = send(last, 2 * (len(files[last]) // 3), len(files[last]))
 assert again.done and again.done.relative_path == last, again
 store.sweep(1e9, 1e9)
-store.close()
 os.name = "posix"
 for path, data in files.items():
     with open(os.path.join(root, path), "rb") as file:

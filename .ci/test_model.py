@@ -1,0 +1,797 @@
+"""A model of clients: what browsers do to the real store, in thousands of orders.
+
+A run is drawn from a seed.  Browsers (model.py) send files to one to three UploadApps
+over one folder, each of which is a process.  Requests go on in any order and get into
+trouble; people pause, reload, open tabs, move, send again; processes die and sweep; the
+clock jumps; files are moved away, edited, replaced.
+
+Two runs of three have one version of each file, and in them is judged:
+
+- what is visible below upload_dir is what somebody sent, whole, and stays as it is;
+- whoever saw each chunk answered ok, and no error, has got the file in the end;
+- what was answered 200 is in a finished file, or recorded for that sender;
+- errors come only where section 4 of the design has them, and sending again ends well;
+- on_complete is called for each file, once unless a process died;
+- nothing stays in the temp folder, and nothing open.
+
+In the third run a file changes and keeps its size.  Then a finished file may be a mix,
+but only as far as nobody can know: nothing in it contradicts what was answered 200, the
+samples were asked for, and what was under way was waited for.  What else gets lost then
+is counted.  How often the samples show a change, `print_figures` tells.
+
+FLOWSERVER_MODEL is the number of runs, FLOWSERVER_SEED the first seed, FLOWSERVER_FILE
+another flowserver.py, to see this fail on a broken one.  ``test_model.py 7`` replays
+seed 7 with all that it does, ``test_model.py figures`` prints the figures.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import gc
+import itertools
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import types
+import unittest
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import model
+from attack import flowserver, quick_folder
+from model import FOREVER, Exchange, Page, Person, Process, Task, Turns, Wrong
+
+RUNS = int(os.environ.get("FLOWSERVER_MODEL") or 1500)
+FIRST_SEED = int(os.environ.get("FLOWSERVER_SEED") or 1)
+HOUR, DAY = 3600, 86400
+WAIT = 10 - 1  # as the store's for what may still differ, and a little less
+
+CHANGED, UNDONE = flowserver._CHANGED, flowserver._UNDONE
+CANCELLED = flowserver._CANCELLED
+
+
+class Plan(NamedTuple):
+    """What a run is like."""
+
+    changes: bool  # a file changes, and keeps its size
+    size: int
+    chunk_sizes: tuple[int, ...]
+    people: int
+    processes: int
+    identity: str  # browser, owner, secret
+    cookies: bool
+    moves: str  # never, changes, alternates
+    policy: str  # on_conflict
+    announces: bool
+    removes: str  # what the application does with files: nothing, at once, later, edits
+    deletes: bool
+    dies: bool
+    ages: bool  # receipts end, what is unfinished gets stale
+    trouble: float  # how many requests have it
+    rate: float  # how often a call to the disk lets others go on
+    steps: int
+
+
+def draw_plan(rng: random.Random, changes: bool) -> Plan:
+    identities = ["browser", "browser", "owner"] + ["secret"] * (not changes)
+    identity, cookies = rng.choice(identities), rng.random() < 0.7
+    is_known = cookies or identity != "browser"  # wherever they are
+    return Plan(
+        changes=changes,
+        size=rng.choice((0, 7, 17, 20, 30, 30, 45, 45, 58, 70)),
+        chunk_sizes=rng.choice(((10,), (10,), (10,), (10, 5, 20))),
+        people=rng.choice((1, 1, 2)),
+        processes=rng.choice((1, 1, 2, 3)),
+        identity=identity,
+        cookies=cookies,
+        moves=rng.choice(("never", "changes", "alternates")) if is_known else "never",
+        policy=rng.choice(("rename", "rename", "replace")),
+        announces=rng.random() < 0.5,
+        removes=rng.choice(("nothing", "nothing", "at once", "later", "edits")),
+        deletes=rng.random() < 0.15,
+        dies=rng.random() < 0.3,
+        ages=rng.random() < 0.25,
+        trouble=rng.choice((0, 0.1, 0.3)),
+        rate=rng.choice((0, 0.1, 0.5)),
+        steps=rng.randrange(40, 400),
+    )
+
+
+class Ack(NamedTuple):
+    """Bytes that were answered 200."""
+
+    key: str
+    content: bytes
+    start: int
+    end: int
+    began: float
+    is_partial: bool  # the file was not finished then
+
+
+class Finished:
+    """A file that was seen below upload_dir."""
+
+    def __init__(self, content: bytes, since: float) -> None:
+        self.content, self.since = content, since
+        self.until = FOREVER  # when it was removed, edited or replaced
+
+
+def made_of(content: bytes, versions: list[bytes]) -> bool:
+    """Whether each byte is that of a version."""
+    return all(byte in column for byte, *column in zip(content, *versions, strict=True))
+
+
+# ---- the world -----------------------------------------------------------------------
+
+
+class World:
+    """One run."""
+
+    def __init__(
+        self, plan: Plan, rng: random.Random, folder: Path, is_verbose: bool
+    ) -> None:
+        self.plan, self.rng, self.folder = plan, rng, folder
+        self.turns = Turns(rng, plan.rate)
+        self.state_dir = folder / ".flowserver" / "v2"
+        self.is_verbose = is_verbose
+        self.is_calm = False  # nothing goes wrong any more
+        self.has_died = self.is_disturbed = False  # a process; a finished file
+        self.notes: list[str] = []
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.locks: dict[int, tuple[Process, int]] = {}  # of descriptors, by inode
+        self.files: dict[str, Finished] = {}  # that are there
+        self.finished: list[Finished] = []  # that ever were
+        self.published: list[str] = []  # their paths
+        self.published_inodes: set[int] = set()
+        self.named: dict[str, float] = {}  # when a key's file got its name, last
+        self.mixed = 0.0  # when a mix was published, last
+        self.told: list[tuple[str, str, float]] = []  # id, path, time of on_complete
+        self.acks: list[Ack] = []  # that must not be lost
+        self.cancelled: list[Exchange] = []  # to be judged at the end
+        self.skipped: list[Page] = []  # that needed not send all of it
+        self.exchanges: list[Exchange] = []
+        self.arrivals: list[tuple[Exchange, Any]] = []  # answers, None for errors
+        self.numbers = itertools.count()
+        self.people: list[Person] = []
+        self.processes = [self.new_process() for _ in range(plan.processes)]
+        for number in range(plan.people):
+            self.people.append(Person(self, number, rng.randbytes(plan.size)))
+
+    def new_process(self) -> Process:
+        return Process(self, next(self.numbers))
+
+    def note(self, text: str) -> None:
+        self.notes.append(f"{self.turns.now - model.START:10.2f} {text}")
+
+    def hear_warning(self, sentence: str) -> None:
+        # What died was named, and then edited by the application, in this moment.
+        if not (self.has_died and self.is_disturbed):
+            raise Wrong(f"warns: {sentence}")
+
+    # Steps
+
+    def step(self) -> None:
+        """Let something happen."""
+        self.turns.now += 0.01
+        choices = (
+            (60 * bool(self.turns.ready()), self.go_on),
+            (30 * bool(self.arrivals), self.deliver),
+            (4, self.use),
+            (2, self.operate),
+            (2, self.pass_time),
+        )
+        weights, acts = zip(*choices, strict=True)
+        self.rng.choices(acts, weights)[0]()
+
+    def go_on(self) -> None:
+        self.turns.resume(self.rng.choice(self.turns.ready()))
+
+    def deliver(self) -> None:
+        """An answer arrives, or an error does."""
+        place = self.rng.randrange(len(self.arrivals))
+        exchange, response = self.arrivals.pop(place)
+        if response:
+            set_cookie = dict(response.headers).get("Set-Cookie", "")
+            name, _, value = set_cookie.partition(";")[0].partition("=")
+            if name and self.plan.cookies:
+                exchange.person.cookies[name] = value
+        exchange.page.hear(exchange, response.status if response else 0)
+
+    def use(self) -> None:
+        """A person does something."""
+        person = self.rng.choice(self.people)
+        pages = person.open_pages()
+        if not pages:
+            if self.plan.changes and person.pages and self.rng.random() < 0.6:
+                self.change(person, self.rng.choice(("all", "one", "one", "few")))
+            person.open()
+            return
+        page = self.rng.choice(pages)
+        acts = ["pause", "reload", "leave", "tab", "move", "cancel"] + ["wait"] * 3
+        act = self.rng.choice(acts + ["leave"] * 3 * self.plan.changes)
+        if page.is_paused:
+            page.upload()
+        elif act == "pause":
+            page.stop("paused")
+        elif act in ("reload", "leave"):
+            page.stop("left")
+            if act == "reload":
+                person.open()
+        elif act == "tab" and len(pages) < 2:
+            person.open()
+        elif act == "move" and self.plan.moves == "changes":
+            person.moves += 1
+            self.note(f"{page} moves to {person.address()}")
+        elif act == "cancel" and self.plan.deletes:
+            for each in pages:
+                each.stop("left")
+            Exchange(page, None, "DELETE")
+
+    def change(self, person: Person, kind: str) -> None:
+        """The file changes, and keeps its size."""
+        old = person.versions[-1]
+        new, places = bytearray(old), range(len(old))
+        count = {"all": len(old), "few": len(old) // 4}.get(kind, min(1, len(old)))
+        if kind == "first chunk":
+            places = places[:10]
+        elif kind == "last chunk":
+            places = places[-13:]
+        for place in self.rng.sample(places, count):
+            new[place] ^= self.rng.randrange(1, 256)
+        if bytes(new) not in person.versions:
+            person.versions.append(bytes(new))
+            where = [place for place in places if new[place] != old[place]]
+            self.note(f"a file changes at {where}")
+
+    def operate(self) -> None:
+        """The server's side does something."""
+        process, plan = self.rng.choice(self.processes), self.plan
+        act = self.rng.choice(("sweep", "sweep", "die", "doom", "remove"))
+        if act == "sweep":
+            Task(self.turns, process, process.sweep)
+        elif act == "die" and plan.dies:
+            process.die("at once")
+        elif act == "doom" and plan.dies:
+            process.calls_to_death = self.rng.randrange(1, 80)
+        elif act == "remove" and self.files and plan.removes in ("later", "edits"):
+            self.remove(self.rng.choice(sorted(self.files)))
+
+    def remove(self, path: str) -> None:
+        """The application moves a file away, or edits it."""
+        file = self.files.get(path)
+        if file is None or file.until < FOREVER:
+            return
+        self.note(f"the application takes {path}")
+        file.until, self.is_disturbed = self.turns.now, True
+        if self.plan.removes == "edits":
+            with open(self.folder / path, "ab") as edited:
+                edited.write(b"!")
+            os.utime(self.folder / path, (self.turns.now, self.turns.now))
+        else:
+            os.unlink(self.folder / path)
+            del self.files[path]
+
+    def pass_time(self) -> None:
+        """Seconds, or hours, or a week in which nothing is under way."""
+        is_up = self.plan.ages and all(process.app for process in self.processes)
+        is_quiet = is_up and not self.turns.tasks
+        jumps = [1, 5, 11, 61] + [4000] * 2 * is_up + [8 * DAY] * is_quiet
+        self.jump(self.rng.choice(jumps))
+
+    def jump(self, seconds: float) -> None:
+        self.note(f"{seconds} s pass")
+        self.turns.now += seconds
+        if seconds > 7 * DAY:
+            for person in self.people:
+                self.drop(person, "stale")
+            self.sweep()
+
+    def sweep(self) -> None:
+        process = self.rng.choice(self.processes)
+        task = Task(self.turns, process, process.sweep)
+        while task in self.turns.tasks:
+            self.turns.resume(task)
+
+    def settle(self) -> None:
+        """All that is under way ends, without new trouble."""
+        self.is_calm = True
+        for process in self.processes:
+            process.calls_to_death = 0
+        for person in self.people:
+            for page in person.open_pages():
+                if page.is_paused:
+                    page.upload()
+        for _ in range(20000):
+            if not self.go_on_or_deliver():
+                return
+        raise Wrong("never ends")
+
+    def go_on_or_deliver(self) -> bool:
+        """Let what is under way go on, and pass the time until something may."""
+        self.turns.now += 0.01
+        acts = [self.go_on] * bool(self.turns.ready())
+        acts += [self.deliver] * bool(self.arrivals)
+        if acts:
+            self.rng.choice(acts)()
+        elif self.turns.tasks:
+            self.turns.now = min(task.until for task in self.turns.tasks)
+            if self.turns.now == FOREVER:
+                raise Wrong("a deadlock")
+        return bool(acts or self.turns.tasks)
+
+    # What is known of uploads
+
+    def key_of(self, person: Person, sender: str) -> str:
+        owner = str(person.number) if self.plan.identity == "owner" else ""
+        names = (person.identifier, "a.bin", len(person.versions[0]))
+        return str(flowserver.upload_key(owner, sender, *names))
+
+    def sender_of(self, exchange: Exchange, response: Any) -> str:
+        """Return who sends: the first cookie says it, or the one that is set."""
+        if self.plan.identity != "browser":
+            return ""
+        cookie = exchange.cookie or dict(response.headers)["Set-Cookie"]
+        return cookie.partition("=")[0][len("flowserver-") :]
+
+    def look(self, key: str) -> Any:
+        """Return what the ledger says, read without the store's help."""
+        state, path = flowserver._State(), self.state_dir / f"{key}.ledger"
+        with contextlib.suppress(FileNotFoundError):
+            for line in path.read_bytes().splitlines(True):
+                if line.endswith(b"\n"):
+                    state = state.after(*json.loads(line[9:]))
+        return state
+
+    def drop(self, person: Person, reason: str) -> None:
+        """What is not finished may be gone from now on."""
+        person.dropped = self.turns.now
+        keys = [self.key_of(person, sender) for sender in person.senders]
+        self.acks = [ack for ack in self.acks if ack.key not in keys]
+        for page in person.open_pages() if reason != "refused" else ():
+            page.excuse = reason
+
+    def may_have_dropped(self, exchange: Exchange) -> None:
+        """A process died, perhaps having dropped something and told nobody."""
+        if exchange.method == "DELETE":
+            self.drop(exchange.person, "cancelled")
+        elif self.plan.changes or self.is_disturbed:
+            self.drop(exchange.person, "refused")
+
+    def has(self, content: bytes, since: float) -> bool:
+        """Say whether a file was there after a time."""
+        return any(f.content == content and f.until >= since for f in self.finished)
+
+    # Judges of files
+
+    def see(self, source: str, target: str) -> None:
+        """A file got its name: it is what somebody sent, or a mix."""
+        if ".flowserver" in target:
+            return
+        path, key = os.path.relpath(target, self.folder), os.path.basename(source)[:40]
+        with open(target, "rb") as file:
+            content = file.read()
+            self.published_inodes.add(os.fstat(file.fileno()).st_ino)
+        self.note(f"{path} is published")
+        if path in self.files:
+            if self.plan.policy == "rename":
+                raise Wrong(f"{path} is overwritten")
+            self.files[path].until, self.is_disturbed = self.turns.now, True
+        self.files[path] = Finished(content, self.turns.now)
+        self.finished.append(self.files[path])
+        self.published.append(path)
+        if not any(content in person.versions for person in self.people):
+            self.judge_mix(key, content)
+        self.named[key] = self.turns.now
+
+    def judge_mix(self, key: str, content: bytes) -> None:
+        """Nobody could know: nothing contradicts it, and all were waited for."""
+        people = [p for p in self.people if made_of(content, p.versions)]
+        if not (self.plan.changes and people):
+            raise Wrong("a wrong file is visible")
+        since, now = self.named.get(key, 0.0), self.turns.now
+        for ack in self.acks:
+            is_other = content[ack.start : ack.end] != ack.content[ack.start : ack.end]
+            is_stored = ack.key == key and ack.began > since and ack.is_partial
+            if is_stored and is_other:
+                raise Wrong(f"a mix: [{ack.start}, {ack.end}) was answered 200")
+        for end in self.exchanges:  # the one that names it, and those that wait
+            is_new = end.task is self.turns.current and now - end.arrived < WAIT
+            if not end.is_over and (is_new or end.task.is_waiting):
+                for exchange in self.exchanges:
+                    is_there = exchange.process is end.process
+                    if is_there and exchange.person is end.person in people:
+                        self.judge_wait(exchange, content)
+        where = "one process" if self.plan.processes == 1 else "several"
+        self.counts[f"a mix that nobody can know of ({where})"] += 1
+        self.mixed = now
+
+    def judge_wait(self, exchange: Exchange, content: bytes) -> None:
+        """Somebody waited in this process, but not for what was to come from here."""
+        new, span = exchange.person.versions[-1], slice(exchange.start, exchange.end)
+        if exchange.page.content != new or content[span] == new[span]:
+            return
+        rivals = [other for other in self.exchanges if other.overlaps(exchange)]
+        if exchange.method == "POST" and exchange.position and not exchange.is_over:
+            if not any(other.differs(exchange) for other in rivals):
+                raise Wrong(f"a mix: nobody waited for {exchange}")
+        if exchange.was_sample and self.turns.now - exchange.ended < WAIT:
+            if not any(o.body and o.began >= exchange.ended for o in rivals):
+                raise Wrong(f"a mix: nobody waited for the sample {exchange}")
+
+    def judge_files(self) -> None:
+        there = {path.name for path in self.folder.iterdir()} - {".flowserver"}
+        if there != set(self.files):
+            raise Wrong(f"there are {there}")
+        for path, file in self.files.items():
+            content = (self.folder / path).read_bytes()
+            if file.until == FOREVER and content != file.content:
+                raise Wrong(f"{path} has changed")
+
+    def judge_temp(self, kept: tuple[str, ...]) -> None:
+        kept += (".part", ".call") if self.has_died else ()
+        for path in self.state_dir.iterdir():
+            is_kept = path.suffix in kept or path.name == "names.lock"
+            key = path.name.partition("-")[0]
+            if path.suffix == ".data":
+                state = self.look(key)
+                has_bytes = state.ranges.total or self.has_died
+                is_kept = is_kept and state.is_unfinished and has_bytes
+            if not is_kept:
+                raise Wrong(f"{path.name} is left over")
+
+    def judge_told(self) -> None:
+        """on_complete was called for each file; once, unless a process died."""
+        for path, file in self.files.items():
+            told = [when for _, name, when in self.told if name == path]
+            if file.until == FOREVER and max(told, default=0) < file.since:
+                raise Wrong(f"on_complete was not called for {path}")
+        if not self.has_died:
+            times = collections.Counter(path for _, path, _ in self.told)
+            if collections.Counter(self.published) - times:
+                raise Wrong(f"on_complete was called only for {times}")
+            if len({key for key, _, _ in self.told}) < len(self.told):
+                raise Wrong("on_complete was called twice for one upload")
+
+    # Judges of answers
+
+    def judge_answer(self, exchange: Exchange, response: Any) -> None:
+        person, status = exchange.person, exchange.status
+        self.note(f"{exchange} ends with {status} {response.body.decode()[:200]}")
+        sender = self.sender_of(exchange, response)
+        key = self.key_of(person, sender)
+        person.senders.add(sender)
+        if exchange.method == "DELETE":
+            self.drop(person, "cancelled")
+        elif exchange.method == "GET":
+            ranges = self.look(key).ranges
+            is_sample = exchange.start == 0 or exchange.end == ranges.end
+            if status == 200 and is_sample and self.plan.identity != "secret":
+                raise Wrong(f"{exchange} need not be sent, and is a sample")
+            if status == 200 and self.plan.changes:
+                self.skipped.append(exchange.page)
+            is_here = not ranges.gaps(exchange.start, exchange.end)
+            exchange.was_sample = is_sample and is_here
+        elif status == 200:
+            exchange.page.senders.add(sender)
+            is_partial = json.loads(response.body)["status"] == "partial"
+            place = (exchange.start, exchange.end, exchange.began, is_partial)
+            if person.dropped < exchange.began:
+                self.acks.append(Ack(key, exchange.page.content, *place))
+        else:
+            exchange.error = json.loads(response.body)["error"]
+            self.judge_error(exchange)
+            if exchange.error == CHANGED:
+                self.drop(person, "refused")
+
+    def judge_error(self, exchange: Exchange) -> None:
+        """Errors come only where section 4 of the design has them."""
+        error, is_right = exchange.error, False
+        is_changed = self.plan.changes or self.is_disturbed
+        has_ended = max(self.named.values(), default=0.0) >= exchange.began
+        rivals = [other for other in self.exchanges if other.overlaps(exchange)]
+        if exchange.status == 408:
+            is_right = exchange.rest != "goes on"
+        elif error == CHANGED:
+            others = [o for o in rivals if o.differs(exchange)]
+            is_late = all(o.arrived > exchange.joined for o in others)
+            is_right = self.is_disturbed or not is_late
+        elif error == UNDONE:
+            met = [o for o in rivals if o.ended >= exchange.began]
+            elsewhere = [o for o in met if o.process is not exchange.process]
+            is_right = bool(elsewhere or is_changed and (met or has_ended))
+        elif error == CANCELLED:
+            is_right = True
+            if not (is_changed and has_ended or self.plan.ages or self.has_died):
+                self.cancelled.append(exchange)
+        elif "is gone" in error:  # a private file is swept after an hour of silence;
+            was_edited = self.has_died and self.is_disturbed  # named, died, edited
+            is_right = was_edited or exchange.ended - exchange.began > HOUR
+        elif "handed on" in error:
+            is_right = is_changed and self.plan.announces
+        if not is_right:
+            raise Wrong(f"{exchange} is refused without a reason: {error}")
+
+    def judge_cancelled(self, exchange: Exchange) -> None:
+        """Somebody else of this person was refused then, or cancelled it."""
+        for other in self.exchanges:
+            is_then = other.began <= exchange.ended and other.ended >= exchange.began
+            if other.person is exchange.person and is_then:
+                if other.error == CHANGED or other.method == "DELETE":
+                    return
+                if other.status == 408:  # and of nobody anything was stored
+                    self.counts["told of a cancel: another attempt broke off"] += 1
+                    return
+        raise Wrong(f"{exchange} was cancelled by nobody")
+
+    def count_error(self, exchange: Exchange, status: int) -> None:
+        """A page shows an error: how often, where one version is all there is?"""
+        if status and not (self.plan.changes or self.is_disturbed):
+            self.counts[f"shown: {exchange.error}"] += 1
+
+    def judge_page(self, page: Page) -> None:
+        """Who saw each chunk answered ok, and no error, has got the file."""
+        if not page.is_complete or self.has(page.content, page.began):
+            return
+        if len(page.senders) > 1:
+            tests = "with tests" if page.person.tests else "without tests"
+            page.excuse = f"its first requests came from two addresses, {tests}"
+        elif self.plan.changes and self.mixed > page.began:
+            page.excuse = "a mix"
+        elif self.plan.changes and max(self.named.values(), default=0) > page.began:
+            page.excuse = "the version before ended meanwhile"
+        elif self.plan.changes and page.person.dropped > page.began:
+            page.excuse = "another request was told of the change"
+        elif page in self.skipped:
+            page.excuse = "what was here was of the version before"
+        if not page.excuse:
+            raise Wrong(f"{page} saw each chunk answered ok, and has no file")
+        self.counts[f"silent loss: {page.excuse}"] += 1
+
+    def judge_ack(self, ack: Ack) -> None:
+        """What was acknowledged is in a file, or recorded."""
+        span, state = slice(ack.start, ack.end), self.look(ack.key)
+        files = (f.content for f in self.finished if f.until >= ack.began)
+        if any(content[span] == ack.content[span] for content in files):
+            return
+        path = self.state_dir / f"{ack.key}-{state.generation}.data"
+        is_here = state.is_unfinished and not state.ranges.gaps(ack.start, ack.end)
+        if not is_here or path.read_bytes()[span] != ack.content[span]:
+            raise Wrong(f"[{ack.start}, {ack.end}) was answered 200, and is lost")
+
+    # A run
+
+    def run(self) -> None:
+        for _ in range(self.plan.steps):
+            self.step()
+        self.settle()
+        self.sweep()
+        for person in self.people:
+            for page in person.pages:
+                self.judge_page(page)
+        for ack in self.acks:
+            self.judge_ack(ack)
+        for _ in range(2):
+            if self.plan.announces:
+                self.judge_told()
+            for person in self.people:
+                self.send_again(person)
+        for exchange in self.cancelled:
+            self.judge_cancelled(exchange)
+        self.judge_files()
+        self.judge_temp((".ledger", ".data"))
+        self.end()
+
+    def send_again(self, person: Person) -> None:
+        """Who sends the file once more gets it, and is refused once at most."""
+        self.note("once more, without trouble")
+        # In another process the end does not wait for what differs: once more, then.
+        for _ in range(1 + len(person.senders) + self.plan.changes):
+            page = person.open()
+            self.settle()
+            if not page.has_failed:
+                break
+        if not page.is_complete:
+            raise Wrong(f"{page} is refused again")
+        self.judge_page(page)
+
+    def end(self) -> None:
+        """A week later nothing is left, and nothing is open."""
+        for _ in range(2):
+            self.jump(8 * DAY)
+        self.has_died = False
+        self.judge_temp(())
+        for process in self.processes:
+            process.app = None
+        if any(process.disk.opened for process in self.processes):
+            gc.collect()
+        if any(process.disk.opened for process in self.processes):
+            raise Wrong("a descriptor stays open")
+
+    def close(self) -> None:
+        """End all threads."""
+        for process in self.processes:
+            process.is_dead = True
+            for fd in list(process.disk.opened):
+                model.Files.close(process.disk, fd)
+        while self.turns.tasks:
+            self.turns.resume(self.turns.tasks[0])
+
+
+# ---- runs ----------------------------------------------------------------------------
+
+
+class Complaints(logging.Handler):
+    """What the log calls a bug is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info:
+            raise Wrong(f"{record.getMessage()}: {record.exc_info[1]!r}")
+
+
+@contextlib.contextmanager
+def arranged(turns: Turns, rng: random.Random) -> Iterator[None]:
+    """Give the module the model's threads, time and random names, and small blocks."""
+
+    def now() -> float:
+        return turns.now
+
+    def token_hex(size: int) -> str:
+        return rng.randbytes(size).hex()
+
+    names = {"token_hex": token_hex, "token_bytes": rng.randbytes}
+    threads = {
+        "Lock": lambda: model.Lock(turns),
+        "Condition": lambda: model.Condition(turns),
+    }
+    with mock.patch.multiple(
+        flowserver,
+        threading=types.SimpleNamespace(**threads),
+        time=types.SimpleNamespace(time=now, monotonic=now),
+        secrets=types.SimpleNamespace(**names),
+        BLOCK_SIZE=4,
+        _PAGE_SIZE=rng.choice((100, 400, 4096)),
+        _RECENT_LEDGERS=rng.choice((1, 64)),
+    ):
+        yield
+
+
+def play(
+    seed: str, plan: Plan, work: Callable[[World], None], is_verbose: bool = False
+) -> World:
+    """Let a world have its run; raises AssertionError with all that happened in it."""
+    folder = quick_folder("model-")
+    world = World(plan, random.Random(seed), folder, is_verbose)
+    gc.disable()  # else what nobody refers to any more is closed at any time
+    try:
+        with arranged(world.turns, random.Random(seed + " names")):
+            try:
+                work(world)
+            finally:
+                world.close()
+    except (Exception, Wrong) as error:
+        trace = "\n".join(world.notes)
+        message = f"seed {seed}: {plan}\n{trace}\n-> {error!r}"
+        raise AssertionError(message) from error
+    finally:
+        gc.enable()
+        shutil.rmtree(folder)
+    return world
+
+
+def run_seed(seed: int, is_verbose: bool = False) -> World:
+    plan = draw_plan(random.Random(f"plan {seed}"), changes=seed % 3 == 0)
+    return play(str(seed), plan, World.run, is_verbose)
+
+
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """Handing over between threads is 15 times as fast so."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {random.choice(sorted(cores))})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Hear the log, and let collections of garbage pass over what is here already."""
+    handler, log = Complaints(), logging.getLogger("flowserver")
+    log.addHandler(handler)
+    gc.freeze()
+    try:
+        with on_one_core():
+            yield
+    finally:
+        gc.unfreeze()
+        log.removeHandler(handler)
+
+
+class ModelTest(unittest.TestCase):
+    def test_no_run_goes_wrong(self) -> None:
+        counts: collections.Counter[str] = collections.Counter()
+        with listening():
+            for seed in range(FIRST_SEED, FIRST_SEED + RUNS):
+                counts += run_seed(seed).counts
+        told = "\n".join(f"{count:9} {what}" for what, count in counts.most_common())
+        print(f"\n{RUNS} runs:\n{told}", flush=True)
+
+
+# ---- figures -------------------------------------------------------------------------
+
+CHANGES = ("all", "one", "first chunk", "last chunk")
+OUTCOMES = ("noticed", "right all the same", "the old file", "a mix")
+
+
+def resume_changed(world: World, kind: str) -> None:
+    """Send a file, stop somewhere, change it, send it again; count what comes of it."""
+    (person,) = world.people
+    person.library, person.retries, person.tests = model.FLOW, 0, True
+    world.is_calm = True
+    page = person.open()
+    stop = world.rng.randrange(1, len(page.chunks))
+    while sum(chunk.is_done for chunk in page.chunks) < stop:
+        world.go_on_or_deliver()
+    page.stop("left")
+    world.settle()
+    if world.files:  # what was under way has completed it
+        return
+    world.change(person, kind)
+    page = person.open()
+    world.settle()
+    (content,) = [file.content for file in world.finished] or [b""]
+    if page.has_failed:
+        world.counts["noticed"] += 1
+    elif content == page.content:
+        world.counts["right all the same"] += 1
+    else:
+        is_old = content == person.versions[0]
+        world.counts["the old file" if is_old else "a mix"] += 1
+
+
+def print_figures(runs: int = 200) -> None:
+    """How often the samples show that a file was changed between two halves of it."""
+    for processes, count, kind in itertools.product((1, 3), (4, 20, 100), CHANGES):
+        counts: collections.Counter[str] = collections.Counter()
+        for number in range(runs):
+            seed = f"{number} {processes} {count} {kind}"
+            plan = draw_plan(random.Random(seed), True)._replace(
+                size=count * 10 + 3,
+                chunk_sizes=(10,),
+                people=1,
+                processes=processes,
+                identity="browser",
+                moves="never",
+                removes="nothing",
+                rate=0,
+            )
+            counts += play(seed, plan, lambda w, k=kind: resume_changed(w, k)).counts
+        told = sum(counts[outcome] for outcome in OUTCOMES)
+        shares = (f"{100 * counts[each] / told:3.0f} % {each}" for each in OUTCOMES)
+        where = f"{processes} processes, {count:3} chunks, {kind:11}"
+        print(f"{where}: {', '.join(shares)} (of {told})", flush=True)
+
+
+def main(argument: str) -> None:
+    with listening():
+        if argument == "figures":
+            print_figures()
+        else:
+            print("\n".join(run_seed(int(argument), is_verbose=True).notes))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and not sys.argv[1].startswith("-"):
+        main(sys.argv[1])
+    else:
+        unittest.main()
