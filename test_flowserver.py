@@ -448,6 +448,8 @@ ROOMS = (
     "bodies",
     "store",
     "page",
+    "requests",
+    "access",
     "application",
     "HTTP server",
     "command line",
@@ -1162,7 +1164,7 @@ class MultipartTest(unittest.TestCase):
 
     def test_long_block_is_not_copied(self) -> None:
         parser = MultipartParser(b"B" * 70)
-        parser.feed(lines("--" + "B" * 70, UPLOADED, ""))
+        list(parser.feed(lines("--" + "B" * 70, UPLOADED, "")))
         block = bytearray(noise(64 * KIB).replace(b"\r", b"."))
         block[-60:-58] = b"\r\n"  # begins no boundary
         (event,) = parser.feed(block)
@@ -1173,7 +1175,7 @@ class MultipartTest(unittest.TestCase):
         """Return the data of a form's only part, of which a size is expected."""
         parser, data = flowserver.MultipartParser(b"B"), b""
         for block in blocks:
-            for event in parser.scan(block):
+            for event in parser.feed(block):
                 if isinstance(event, flowserver.Part):
                     parser.expect(expected)
                 elif event is not None:
@@ -1234,9 +1236,9 @@ class MultipartTest(unittest.TestCase):
 
     def test_first_error_is_the_last_word(self) -> None:
         parser = MultipartParser(b"B")
-        for call in (lambda: parser.feed(b"--B?\r\n"), lambda: parser.feed(b"--B--")):
+        for block in (b"--B?\r\n", b"--B--"):
             with self.assertRaisesRegex(flowserver.Malformed, "other text"):
-                call()
+                list(parser.feed(block))
         with self.assertRaisesRegex(flowserver.Malformed, "other text"):
             parser.close()
 
@@ -1244,7 +1246,7 @@ class MultipartTest(unittest.TestCase):
         """CVE-2023-46136: data that begins with a line end and has no other."""
         for data in (b"\r\n" + b"." * 5000, b"\r" * 5000, b"\r\n--" * 1250):
             parser, seen = MultipartParser(b"B" * 70), 0
-            parser.feed(lines("--" + "B" * 70, UPLOADED, ""))
+            list(parser.feed(lines("--" + "B" * 70, UPLOADED, "")))
             for sent in range(0, 5000, 50):
                 events = parser.feed(data[sent : sent + 50])
                 seen += sum(len(e) for e in events if isinstance(e, memoryview))
@@ -1517,14 +1519,18 @@ class DialectTest(unittest.TestCase):
             flowserver.recognise(["flowidentifier", "identifier", "name"])
         )
 
-    def test_prefix_is_taken_off(self) -> None:
-        for prefix in ("resumable", ""):
-            sent = flow_parameters("a", bytes(25), 1, 10, prefix="up_" + prefix)
-            plain = flowserver.unprefixed(sent, "up_")
+    def test_prefix_of_ones_own_is_known_beside_the_others(self) -> None:
+        rows = flowserver.dialects_with("up_")
+        for prefix in ("up_resumable", "up_", "flow"):
+            sent = flow_parameters("a", bytes(25), 1, 10, prefix=prefix)
             with self.subTest(prefix):
-                self.assertIsNone(flowserver.recognise(sent))
-                self.assertEqual(meaning(plain).length, 10)
-        self.assertEqual(flowserver.unprefixed({"up": "1"}, ""), {"up": "1"})
+                dialect = flowserver.recognise(sent, rows)
+                self.assertEqual(flowserver.parse_chunk(dialect, sent).length, 10)
+                is_known = flowserver.recognise(sent) is not None
+                self.assertEqual(is_known, prefix == "flow")
+        bare = flow_parameters("a", bytes(25), 1, 10, prefix="")
+        for rows in (flowserver.dialects_with(""), rows):
+            self.assertIsNone(flowserver.recognise(bare, rows))
 
     def test_only_random_identifiers_of_ours_are_secret(self) -> None:
         cases = {
@@ -1549,18 +1555,18 @@ class DialectTest(unittest.TestCase):
         for name, statuses in GIVES_UP.items():
             for kind in kinds:
                 with self.subTest(name, kind=kind.__name__):
-                    status = flowserver.status_of(kind(), DIALECTS[name])
+                    status = DIALECTS[name].status_of(kind())
                     self.assertIn(status, statuses & set(range(400, 500)))
 
     def test_truncated_body_may_be_sent_again(self) -> None:
         """It broke off on the way; that is a client's error, but none for good."""
         for name, statuses in GIVES_UP.items():
-            status = flowserver.status_of(flowserver.Truncated(), DIALECTS[name])
+            status = DIALECTS[name].status_of(flowserver.Truncated())
             self.assertIn(status, set(range(400, 500)) - statuses)
 
     def test_passing_trouble_is_tried_again_by_each_client(self) -> None:
         for dialect in flowserver.DIALECTS:
-            self.assertEqual(flowserver.status_of(flowserver.Trouble(), dialect), 503)
+            self.assertEqual(dialect.status_of(flowserver.Trouble()), 503)
 
     def test_every_error_has_a_status_without_a_dialect(self) -> None:
         cases = {
@@ -1575,8 +1581,7 @@ class DialectTest(unittest.TestCase):
         }
         for name, status in cases.items():
             with self.subTest(name):
-                error = getattr(flowserver, name)()
-                self.assertEqual(flowserver.status_of(error, None), status)
+                self.assertEqual(getattr(flowserver, name).status, status)
 
 
 class NameTest(unittest.TestCase):
@@ -1714,15 +1719,16 @@ class NameTest(unittest.TestCase):
 
     def test_deceiving_text_is_escaped_in_messages(self) -> None:
         cases = {
-            "a": '"a"',
-            "a\nb": r'"a\nb"',
-            "\x1b[31m": r'"\x1b[31m"',
-            "\u202e": r'"\u202e"',
-            "日": '"日"',
-            "\ud800": r'"\ud800"',
+            "a": "a",
+            "a\nb": r"a\nb",
+            "\x1b[31m": r"\x1b[31m",
+            "\u202e": r"\u202e",
+            "日": "日",
+            "\ud800": r"\ud800",
         }
         for text, shown in cases.items():
-            self.assertEqual(flowserver.printable(text), shown)
+            self.assertEqual(flowserver.escaped(text), shown)
+            self.assertEqual(flowserver.quoted(text), f'"{shown}"')
 
 
 # ---- upload --------------------------------------------------------------------------
@@ -3285,15 +3291,6 @@ class ArrivalTest(unittest.TestCase):
                 )
                 self.assertEqual([answer.status for answer in answers], [200, 200])
 
-    def test_prefix_cannot_smuggle_a_second_value(self) -> None:
-        fields = {**flow_parameters("a", b"x"), "upflowFilename": "b"}
-        message = browser("a", b"x")._replace(body=multipart(fields, b"x"))
-        with application(parameter_prefix="up") as app:
-            answer = send(app, *message)
-            self.assertIn(answer.status, (400, 415))
-            self.assertIn("has two values", answer.json["error"])
-            self.assertEqual(finished_files(app), {})
-
     def test_answers_say_what_is_stored(self) -> None:
         with application() as app:
             first, last = send_file(app, "d/a.txt", noise(25), chunk_size=10)
@@ -4593,16 +4590,10 @@ class OriginTest(unittest.TestCase):
             for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
                 self.assertIn(method, answer.headers["access-control-allow-methods"])
             allowed = answer.headers["access-control-allow-headers"].split(", ")
-            for header in (
-                "content-type",
-                "x-own",
-                "cache-control",
-                "x-requested-with",
-            ):
-                self.assertIn(header, allowed)
+            self.assertEqual(set(allowed), {"content-type", "x-own"})
             asked["Access-Control-Request-Headers"] = "a\r\nb: c"
             again = send(app, "OPTIONS", "/upload", headers=asked)
-            self.assertNotIn("\n", again.headers["access-control-allow-headers"])
+            self.assertNotIn("access-control-allow-headers", again.headers)
 
     def test_unknown_hosts_are_refused(self) -> None:
         with application(allow_hosts=["files.example", "b.example:8000"]) as app:
@@ -5238,14 +5229,14 @@ class FramingTest(unittest.TestCase):
                 try:
                     flowserver.parse_head(head.encode())
                     found = None
-                except flowserver._BadHead as error:
+                except flowserver.Malformed as error:
                     found = error.status
                 self.assertEqual(found, status)
 
     def test_hostile_heads_are_judged_in_linear_time(self) -> None:
         """CVE-2024-24762 in a head: a quadratic search takes minutes here."""
         for junk in (" " * 60000, "\t" * 60000, "a" * 60000, "a:" * 30000):
-            with self.assertRaises(flowserver._BadHead):
+            with self.assertRaises(flowserver.Malformed):
                 for _ in range(200):
                     flowserver.parse_head(
                         f"GET / HTTP/1.1\r\nHost: x\r\nA:{junk}\0\r\n\r\n".encode()
@@ -5521,7 +5512,7 @@ class StopTest(unittest.TestCase):
         with application(port=0) as app, closing_server(app) as server:
             first, second = socket.socketpair()
             server._waiting = {first: first, second: second}
-            with server.waiting(second, second), server.waiting(first, first):
+            with server.idle(second, second), server.idle(first, first):
                 self.assertEqual(list(server._waiting), [first, second])
             first.close()
             second.close()
