@@ -1529,8 +1529,8 @@ class DialectTest(unittest.TestCase):
                 is_known = flowserver.recognise(sent) is not None
                 self.assertEqual(is_known, prefix == "flow")
         bare = flow_parameters("a", bytes(25), 1, 10, prefix="")
-        for rows in (flowserver.dialects_with(""), rows):
-            self.assertIsNone(flowserver.recognise(bare, rows))
+        for known in (flowserver.dialects_with(""), rows):
+            self.assertIsNone(flowserver.recognise(bare, known))
 
     def test_only_random_identifiers_of_ours_are_secret(self) -> None:
         cases = {
