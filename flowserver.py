@@ -75,6 +75,7 @@ import binascii
 import bisect
 import configparser
 import contextlib
+import email.utils
 import errno
 import functools
 import getpass
@@ -108,6 +109,7 @@ import zlib
 from typing import (
     Any,
     Callable,
+    Container,
     Generic,
     Iterable,
     Iterator,
@@ -622,6 +624,7 @@ class MultipartParser:
         self._step = self._start
         self._error: FlowError | None = None
         self._expected = 0  # bytes that are known to be data
+        self.unread = 0  # bytes of the block that come after the last event
 
     def feed(self, block: bytes | bytearray, size: int = -1) -> Iterator[Event]:
         """Take the first `size` bytes of `block` (all by default), yield the events.
@@ -645,6 +648,7 @@ class MultipartParser:
             except FlowError as error:
                 self._error = error
                 raise
+            self.unread = end - position
             yield from events
             events.clear()
         self._held = bytes(memoryview(data)[kept:end]) if position < 0 else b""
@@ -803,57 +807,161 @@ def _parse_part(header: bytes) -> Part:
 # Text of a client becomes a Chunk here, or an error; no other room knows a parameter.
 
 
-class Dialect(NamedTuple):
-    """How one client library names the parameters of a chunk, and what it obeys."""
+class Chunk(NamedTuple):
+    """What the parameters of a request say; `length` is -1 when no chunk is meant."""
 
-    name: str
     identifier: str
     filename: str
-    path: str  # with the folders that the file is in
-    total: str  # bytes of the whole file
-    number: str  # of the chunk, from 1
-    nominal: str  # bytes of every chunk but the last
-    length: str  # bytes of this chunk
-    chunks: str  # how many; "" where it can't be trusted
-    gives_up_on: tuple[int, ...]  # statuses of a refusal; others it would repeat
+    path: str  # as the client wrote it; the filename when there was none
+    size: int  # of the whole file, in bytes; -1 when only its end tells
+    start: int
+    length: int
+    is_random: bool = False  # the library has drawn the identifier
+    is_in_order: bool = False  # what comes before it was sent before it
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether knowing the identifier is proof enough of being its owner."""
+        return self.is_random or bool(_SECRET_IDENTIFIER.match(self.identifier))
+
+
+class Dialect(NamedTuple):
+    """How one client library names the parameters of a chunk, and what it obeys.
+
+    A name that is "" has no parameter: the file's name is then that of the part, the
+    length that of the part, the beginning follows from the number.
+    """
+
+    name: str
+    marks: tuple[str, ...]  # parameters by which it is recognised
+    identifier: str = ""
+    filename: str = ""
+    path: str = ""  # with the folders that the file is in
+    folder: str = ""  # or only these
+    total: str = ""  # bytes of the whole file
+    number: str = ""  # of the chunk
+    first: int = 0  # number of the first one
+    nominal: str = ""  # bytes of every chunk but the last
+    start: str = ""  # where it begins, in bytes
+    length: str = ""  # bytes of this chunk
+    chunks: str = ""  # how many; "" where it can't be trusted
+    is_random: bool = False  # 122 bits or more of the identifier are random
+    is_in_order: bool = False  # one chunk after the other, and no identifier
+    has_tests: bool = False  # asks by GET; without a number for all of the upload
+    gives_up_on: tuple[int, ...] = ()  # statuses of a refusal; () means all
     unused: tuple[str, ...] = ()  # parameters that nobody here needs
+    amend: Callable[[Chunk, Mapping[str, str]], Chunk] = lambda chunk, parameters: chunk
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the parameters that count."""
-        who = (self.identifier, self.filename, self.path, self.total)
-        return who + (self.number, self.nominal, self.length, self.chunks)
+        return tuple(getattr(self, field) for field in _PARAMETERS)
 
     def status_of(self, error: FlowError) -> int:
         """Return the status that makes this client do what the error means."""
-        is_heard = not error.is_final or error.status in self.gives_up_on
-        return error.status if is_heard else 415
+        is_heard = not error.is_final or not self.gives_up_on
+        return error.status if is_heard or error.status in self.gives_up_on else 415
+
+
+_PARAMETERS = ("identifier", "filename", "path", "folder", "total", "number") + (
+    ("nominal", "start", "length", "chunks")
+)
 
 
 def _family(
-    name: str, prefix: str, gives_up_on: tuple[int, ...], trusts_count: bool = False
+    name: str, prefix: str, gives_up_on: tuple[int, ...], trusts_count: bool = True
 ) -> Dialect:
     """Return the row of a library that names its parameters as flow.js does."""
+
+    def named(word: str) -> str:
+        return prefix + word if prefix else word[0].lower() + word[1:]
+
+    marks = ("Identifier",) if prefix else ("Identifier", "ChunkNumber")
     return Dialect(
         name,
-        identifier=prefix + "Identifier",
-        filename=prefix + "Filename",
-        path=prefix + "RelativePath",
-        total=prefix + "TotalSize",
-        number=prefix + "ChunkNumber",
-        nominal=prefix + "ChunkSize",
-        length=prefix + "CurrentChunkSize",
-        chunks=prefix + "TotalChunks" if trusts_count else "",
+        marks=tuple(map(named, marks)),
+        identifier=named("Identifier"),
+        filename=named("Filename"),
+        path=named("RelativePath"),
+        total=named("TotalSize"),
+        number=named("ChunkNumber"),
+        first=1,
+        nominal=named("ChunkSize"),
+        length=named("CurrentChunkSize"),
+        chunks=named("TotalChunks") if trusts_count else "",
+        has_tests=True,
         gives_up_on=gives_up_on,
-        unused=(prefix + "TotalChunks", prefix + "Type"),
+        unused=(named("TotalChunks"), named("Type")),
+    )
+
+
+def _as_sent(chunk: Chunk, parameters: Mapping[str, str]) -> Chunk:
+    """Dropzone announces the size that an image had before it was resized."""
+    if parameters.get("dztotalchunkcount") == "1":
+        return chunk._replace(size=chunk.length)
+    return chunk
+
+
+def _only_whole(chunk: Chunk, parameters: Mapping[str, str]) -> Chunk:
+    """Plupload's chunk numbers tell neither where a chunk begins nor how many bytes."""
+    if parameters.get("chunk") == "0" and parameters.get("chunks") in ("0", "1"):
+        return chunk
+    raise Malformed(
+        "Plupload's chunk numbers do not say where a chunk belongs; set"
+        " send_chunk_number: false."
     )
 
 
 DIALECTS = (
-    _family("flow.js", "flow", (404, 413, 415, 500, 501), trusts_count=True),
+    _family("flow.js", "flow", (404, 413, 415, 500, 501)),
     # 1.1.0 repeats all other statuses 100 times without a pause, 401, 403 and 413 among
     # them.  Its count of chunks is wrong at times.
-    _family("resumable.js", "resumable", (400, 404, 415, 500, 501)),
+    _family("resumable.js", "resumable", (400, 404, 415, 500, 501), trusts_count=False),
+    Dialect(
+        "Dropzone",
+        marks=("dzuuid",),
+        identifier="dzuuid",
+        total="dztotalfilesize",
+        number="dzchunkindex",
+        nominal="dzchunksize",
+        start="dzchunkbyteoffset",
+        chunks="dztotalchunkcount",
+        is_random=True,
+        amend=_as_sent,
+    ),
+    Dialect(
+        "Fine Uploader",
+        marks=("qquuid",),
+        identifier="qquuid",
+        filename="qqfilename",
+        folder="qqpath",
+        total="qqtotalfilesize",
+        number="qqpartindex",
+        start="qqpartbyteoffset",
+        length="qqchunksize",
+        chunks="qqtotalparts",
+        is_random=True,
+        unused=("qqresume", "qqfile"),
+    ),
+    # blueimp, react-uploady, curl; its parameters are made of its header.
+    Dialect(
+        "Content-Range",
+        marks=("Content-Range",),
+        total="Content-Range total",
+        start="Content-Range",
+        length="Content-Range length",
+        is_in_order=True,
+    ),
+    _family("simple-uploader.js", "", (404, 415, 500, 501)),
+    Dialect(
+        "Plupload",
+        marks=("offset", "total"),
+        filename="name",
+        total="total",
+        start="offset",
+        is_in_order=True,
+    ),
+    Dialect("Plupload", marks=("chunk", "chunks"), filename="name", amend=_only_whole),
 )
 
 
@@ -865,45 +973,18 @@ def dialects_with(prefix: str) -> tuple[Dialect, ...]:
     """
     if not prefix:
         return DIALECTS
-    added = [_family("custom prefix", prefix, (404, 415, 500, 501))]
+    added = [_family("custom prefix", prefix, (404, 415, 500, 501), trusts_count=False)]
     for row in DIALECTS:
-        names = {
-            k: prefix + v for k, v in row._asdict().items() if k in _PARAMETERS and v
-        }
-        added.append(row._replace(**names))
+        pairs = row._asdict().items()
+        names = {k: prefix + v for k, v in pairs if k in _PARAMETERS and v}
+        marks = tuple(prefix + mark for mark in row.marks)
+        added.append(row._replace(marks=marks, **names))
     return (*DIALECTS, *added)
 
-
-_PARAMETERS = (
-    "identifier",
-    "filename",
-    "path",
-    "total",
-    "number",
-    "nominal",
-    "length",
-    "chunks",
-)
 
 # A name of our own clients: 128 random bits of a browser, and the time of modification.
 _SECRET_IDENTIFIER = re.compile("flowserver-[0-9a-f]{32}-")
 _ABSENT = ("", "null", "undefined", "false")
-
-
-class Chunk(NamedTuple):
-    """What the parameters of a request say; `length` is -1 when no chunk is meant."""
-
-    identifier: str
-    filename: str
-    relative_path: str  # as the client wrote it; the filename when there was none
-    size: int  # of the whole file, in bytes
-    start: int
-    length: int
-
-    @property
-    def is_secret(self) -> bool:
-        """Whether knowing the identifier is proof enough of being its owner."""
-        return bool(_SECRET_IDENTIFIER.match(self.identifier))
 
 
 def add_parameter(parameters: dict[str, str], name: str, value: str) -> None:
@@ -913,10 +994,54 @@ def add_parameter(parameters: dict[str, str], name: str, value: str) -> None:
 
 
 def recognise(
-    names: Iterable[str], dialects: Iterable[Dialect] = DIALECTS
+    names: Container[str], dialects: Iterable[Dialect] = DIALECTS
 ) -> Dialect | None:
-    """Return the dialect that names its identifier among these parameters, or None."""
-    return next((row for row in dialects if row.identifier in names), None)
+    """Return the first dialect whose marks are among these parameters, or None."""
+    for row in dialects:
+        if all(mark in names for mark in row.marks):
+            return row
+    return None
+
+
+def require_marks(names: Iterable[str], dialects: Iterable[Dialect]) -> None:
+    """Raise Malformed when parameters are a library's, but not all that mark them."""
+    for row in dialects:
+        own = set(row.names) - _COMMON_WORDS
+        if not own.isdisjoint(names):
+            raise Malformed(
+                f"These are parameters of {row.name}, but {row.marks[0]} is missing."
+            )
+
+
+_COMMON_WORDS = frozenset(
+    ("", "name", "identifier", "filename", "relativePath", "total", "offset")
+)
+
+
+def range_parameters(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return what Content-Range (RFC 9110 14.4) says, as parameters of that dialect."""
+    if "content-range" not in headers:
+        return {}
+    match = re.fullmatch(
+        "bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", headers["content-range"]
+    )
+    if not match:
+        raise Malformed("The Content-Range is not like bytes 0-1023/4096.")
+    start, last, total = map(int, match.groups())
+    return {
+        "Content-Range": str(start),
+        "Content-Range length": str(max(last - start + 1, 0)),
+        "Content-Range total": str(total),
+    }
+
+
+def disposition_name(headers: Mapping[str, str]) -> str:
+    """Return the file name of a Content-Disposition header, "" without one.
+
+    blueimp writes it as encodeURI() does.
+    """
+    _, options = parse_options(headers.get("content-disposition", ""))
+    return urllib.parse.unquote(options.get("filename", ""))
 
 
 def parse_integer(text: str, name: str) -> int:
@@ -929,47 +1054,71 @@ def parse_integer(text: str, name: str) -> int:
     return int(text)
 
 
-def parse_chunk(dialect: Dialect, parameters: Mapping[str, str]) -> Chunk:
-    """Return what the parameters mean; raises Malformed when they can't be true."""
+def parse_chunk(
+    row: Dialect, parameters: Mapping[str, str], filename: str = "", length: int = -1
+) -> Chunk:
+    """Return what the parameters mean; raises Malformed when they can't be true.
+
+    `filename` and `length` are those of the part, for rows that have no parameter.
+    """
 
     def integer(name: str) -> int:
         return parse_integer(parameters.get(name, ""), name)
 
-    identifier = parameters.get(dialect.identifier, "")
-    filename = parameters.get(dialect.filename, "")
-    path = parameters.get(dialect.path, "")
-    path = filename if path in _ABSENT else path
-    if not identifier or not path:
+    identifier = parameters.get(row.identifier, "")
+    filename = parameters.get(row.filename, "") if row.filename else filename
+    path = parameters.get(row.path, "")
+    folder = parameters.get(row.folder, "")
+    if path in _ABSENT:
+        path = filename if folder in _ABSENT else f"{folder}/{filename}"
+    if not path or (row.identifier and not identifier):
         raise Malformed("The upload has no identifier or no file name.")
-    upload = Chunk(identifier, filename or path, path, integer(dialect.total), 0, -1)
-    if parameters.get(dialect.number, "") == "":
-        return upload
-    number, nominal = integer(dialect.number), integer(dialect.nominal)
+    names = (identifier, filename or path, path)
+    upload = Chunk(*names, -1, 0, -1, row.is_random, row.is_in_order)
+    if not parameters.get(row.number or row.start):  # the whole file, or no chunk
+        size = integer(row.total) if row.has_tests else -1
+        return row.amend(upload._replace(size=size), parameters)
+    number = integer(row.number) - row.first if row.number else 0
+    nominal = integer(row.nominal) if row.nominal else 0
     chunk = upload._replace(
-        start=(number - 1) * nominal, length=integer(dialect.length)
+        size=integer(row.total),
+        start=integer(row.start) if row.start else number * nominal,
+        length=integer(row.length) if row.length else length,
     )
-    _check_chunk(chunk, number, nominal)
-    if dialect.chunks and parameters.get(dialect.chunks):
-        _check_count(integer(dialect.chunks), number, nominal, chunk.size)
+    chunk = row.amend(chunk, parameters)
+    _check_chunk(chunk)
+    if row.nominal:
+        _check_nominal(chunk, number, nominal)
+        if parameters.get(row.chunks):
+            _check_count(integer(row.chunks), number, nominal, chunk.size)
     return chunk
 
 
-def _check_chunk(chunk: Chunk, number: int, nominal: int) -> None:
-    """Hold a chunk against the rules of flow.js and its family."""
+def _check_chunk(chunk: Chunk) -> None:
     end = chunk.start + chunk.length
-    if number < 1 or nominal < 1:
-        raise Malformed("Chunk numbers and chunk sizes begin at 1.")
     if end > chunk.size:
         raise Malformed(
             f"The chunk ends at byte {end}, but the file has only {chunk.size} bytes."
         )
-    if end < chunk.size and chunk.length != nominal:
+    if chunk.length < 0 or (chunk.length == 0 and chunk.size > 0):
+        raise Malformed("The chunk is empty, but the file is not.")
+
+
+def _check_nominal(chunk: Chunk, number: int, nominal: int) -> None:
+    """Hold a chunk against the size that all but the last have; numbers are from 0."""
+    if number < 0 or nominal < 1:
+        raise Malformed("The chunk's number or size is below the first possible one.")
+    if chunk.start != number * nominal:
+        raise Malformed(
+            f"Chunk {number} of {nominal} bytes each does not begin at {chunk.start}."
+        )
+    if chunk.start + chunk.length < chunk.size and chunk.length != nominal:
         raise Malformed(
             f"The chunk has {chunk.length} bytes, but all chunks except the last have"
             f" {nominal}."
         )
-    # The last chunk takes the remainder, unless forceChunkSize gives it one of its own.
-    if chunk.length >= 2 * nominal or (chunk.length == 0 and chunk.size > 0):
+    # flow.js's last chunk takes the remainder, unless forceChunkSize gives it its own.
+    if chunk.length >= 2 * nominal:
         raise Malformed(
             f"The last chunk has {chunk.length} bytes, which does not go with chunks of"
             f" {nominal}."
@@ -978,9 +1127,9 @@ def _check_chunk(chunk: Chunk, number: int, nominal: int) -> None:
 
 def _check_count(count: int, number: int, nominal: int, size: int) -> None:
     fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
-    if not fewest <= count <= most or number > count:
+    if not fewest <= count <= most or number >= count:
         raise Malformed(
-            f"Chunk {number} of {count} does not go with {size} bytes in chunks of"
+            f"Chunk {number + 1} of {count} does not go with {size} bytes in chunks of"
             f" {nominal}."
         )
 
@@ -1057,6 +1206,16 @@ def _shortened(name: str, insert: str) -> str:
         stem, dot, suffix = stem[:-4], ".", f"{stem[-3:]}.{suffix}"
     room = _MAX_NAME_SIZE - len((insert + dot + suffix).encode())
     return stem.encode()[:room].decode("utf-8", "ignore") + insert + dot + suffix
+
+
+def in_units(size: int) -> str:
+    """Return ``57.2 MiB`` for 60000000 bytes."""
+    amount, unit = float(size), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:.3g} {unit}" if amount < 1000 else f"{amount:.0f} {unit}"
 
 
 def escaped(text: str) -> str:
@@ -1141,6 +1300,7 @@ class Upload(NamedTuple):
     owner: str = ""
     identifier: str = ""
     is_secret: bool = False  # nobody else can know the identifier
+    fields: Mapping[str, str] = types.MappingProxyType({})  # said before its first byte
 
 
 def upload_key(
@@ -1174,6 +1334,16 @@ class Progress(NamedTuple):
     began: float = 0.0  # the clock when its first chunk came; 0 if with this one
 
 
+class Status(NamedTuple):
+    """What is known of an upload; ranges are [start, end) in bytes."""
+
+    upload: Upload
+    stored: list[tuple[int, int]]
+    told: list[tuple[int, int]]  # those that need not be sent
+    is_finished: bool
+    done: Done | None  # while the file is where it was put
+
+
 class _Place(NamedTuple):
     """Where a file goes, or went, and how to know it again."""
 
@@ -1199,7 +1369,8 @@ class _State:
 
     def __init__(self, *beginning: Any) -> None:
         begun = _Beginning(*beginning or (("", "", -1), ""))
-        self.begun = begun._replace(upload=Upload(*begun.upload))
+        upload = Upload(*begun.upload)
+        self.begun = begun._replace(upload=upload._replace(fields=dict(upload.fields)))
         self.upload = self.begun.upload
         self.generation = begun.generation  # "" when it is unknown
         self.ranges = Ranges()  # recorded
@@ -1322,6 +1493,8 @@ _LINES: Mapping[str, Callable[..., None]] = {
 _CHANGED = "This file has changed since it was sent last; please send it once more."
 _UNDONE = "Another attempt at this chunk was under way; please send it again."
 _CANCELLED = "This upload was cancelled while the chunk was under way."
+_OTHER_SIZE = "A file of another size was begun under this identifier."
+_NO_BEGINNING = "The beginning of this file is not here; please send all of it again."
 
 
 # ---- disk ----------------------------------------------------------------------------
@@ -1913,6 +2086,7 @@ def _taken(path: str) -> Conflict:
 # <key>-<generation>.call is locked by whoever is inside of on_complete.
 
 _WAIT_SECONDS = 10.0  # for what may still differ, before a file gets its name
+_ANSWER_SECONDS = 1.0  # between what is recorded and the end of its body
 
 
 class _Pending(NamedTuple):
@@ -1954,10 +2128,14 @@ class _Expected:
                 if one.body or one.key != key or one.end <= start or end <= one.start
             ] + [_Pending(key, start, end, math.inf, body)]
 
-    def end(self, body: Body) -> None:
-        """Nothing of a body can differ any more."""
+    def end(self, body: Body, seconds: float = 0.0) -> None:
+        """Nothing of a body can differ any more; it is answered in `seconds` or so."""
         with self._change:
+            mine = [one for one in self._all if one.body is body]
             self._all = [one for one in self._all if one.body is not body]
+            if seconds:
+                until = time.monotonic() + seconds
+                self._all += [one._replace(until=until) for one in mine]
             self._change.notify_all()
 
     def bodies(self, key: str) -> list[Body]:
@@ -1976,6 +2154,40 @@ class _Expected:
                 self._change.wait(left)
 
 
+class _Room:
+    """Room on the disk: bodies that are under way have theirs already."""
+
+    def __init__(self, disk: Disk, folder: str, floor: int) -> None:
+        self._disk = disk
+        self._folder = folder
+        self._floor = floor  # bytes that stay free
+        self._taken = 0
+        self._mutex = threading.Lock()
+
+    def take(self, size: int, whole: int = 0) -> None:
+        """Set `size` bytes aside, of a new file of `whole` bytes if that is said.
+
+        Raises TooLarge when the new file has no room, else Trouble.
+        """
+        if not self._floor:
+            return
+        with self._mutex:
+            free = self._disk.free_space(self._folder) - self._floor - self._taken
+            if whole > free:
+                raise TooLarge(
+                    f"The disk has no room for {in_units(whole)} at the moment."
+                )
+            if size > free:
+                raise Trouble("The disk has no room for this chunk at the moment.")
+            self._taken += size
+
+    def give(self, size: int) -> None:
+        """Give back what was set aside: it was written, or never will be."""
+        if self._floor:
+            with self._mutex:
+                self._taken -= size
+
+
 class _Uploads:
     """The beginnings and ends of uploads; most is to be called under their locks."""
 
@@ -1984,15 +2196,17 @@ class _Uploads:
         publisher: _Publisher,
         folder: str,
         announce: Callable[[Done], None] | None,
-        admit: Callable[[Upload], None],
         clock: Callable[[], float],
+        max_uploads: int,
+        min_free_space: int,
     ) -> None:
         self.publisher = publisher
         self.disk = publisher.disk
         self.folder = folder
         self.announce = announce
-        self.admit = admit
         self.clock = clock
+        self.max_uploads = max_uploads
+        self.room = _Room(self.disk, folder, min_free_space)
         self.process = secrets.token_hex(4)
         self.entered = _Ledgers(self.disk, folder, self._mend).entered
         self.expected = _Expected()
@@ -2008,21 +2222,27 @@ class _Uploads:
 
     # Beginnings
 
-    def require_admitted(self, upload: Upload, is_whole: bool) -> None:
-        """Refuse what can't become a file, before its bytes have travelled."""
-        self.publisher.refuse_early(upload, is_whole)
-        self.admit(upload)
+    def require_room(self) -> None:
+        """Raise TooLarge when there are as many unfinished uploads as may be."""
+        if 0 < self.max_uploads <= self.count:
+            raise TooLarge(
+                f"The server has {self.max_uploads} unfinished uploads already"
+                " (max_uploads)."
+            )
 
     def begin(
         self, ledger: _Ledger, upload: Upload, is_whole: bool, is_kept: bool = False
     ) -> None:
         """Open an upload, or a new version of a finished one."""
-        self.require_admitted(upload, is_whole)
         boot = "" if self.disk.sync else self.disk.boot_id()
         before = (ledger.state.generation, is_kept, boot, self.clock())
+        upload = upload._replace(fields=dict(upload.fields))  # which JSON knows
         beginning = _Beginning(upload, secrets.token_hex(8), *before)
-        ledger.append(("upload", *beginning))
-        self._change_count(1)
+        self.publisher.refuse_early(upload, is_whole)
+        with self._mutex:
+            self.require_room()
+            ledger.append(("upload", *beginning))
+            self.count += 1
 
     def supersede(self, ledger: _Ledger, upload: Upload, is_whole: bool) -> None:
         """Begin a new version of a finished upload, or refuse that once.
@@ -2074,8 +2294,7 @@ class _Uploads:
         return Progress(*sizes, done, is_new, state.begun.time)
 
     def name_at_once(self, part: _Part, upload: Upload) -> Progress:
-        """Finish a file that came as one chunk: a link, and no ledger."""
-        self.disk.flush(part.fd)
+        """Finish a file that came in one piece: a link, and no ledger."""
         path, is_new = self.publisher.place(part, upload.path, lambda path: None)
         state = _State(upload, secrets.token_hex(8))
         state.finished = _Place(path, 0, {})
@@ -2103,6 +2322,7 @@ class _Uploads:
         takes the published file for an unfinished one and writes into it.
         """
         state = ledger.state
+        fields = fields or state.upload.fields
         place = self._named(state) or self._name(ledger, fields)
         status = self.disk.stat_path(self.publisher.path(place.path))
         if status:
@@ -2195,23 +2415,87 @@ class _Uploads:
 # A file in one chunk goes to a private file, which is then named.
 
 
+class Whole:
+    """A file that comes in one piece; its size may show at its end.
+
+    write() in order, commit() once, close().
+    """
+
+    def __init__(self, uploads: _Uploads, at_most: int) -> None:
+        self.size = 0  # bytes so far
+        self._uploads = uploads
+        self._reserved = 0
+        uploads.room.take(at_most, at_most)
+        self._reserved = at_most
+        self._part = _Part(uploads.disk, uploads.folder)
+
+    def __enter__(self) -> Whole:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def write(self, block: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        with explained():
+            self._uploads.disk.write(self._part.fd, block, self.size)
+        self.size += len(block)
+        self._reserved -= len(block)
+        self._uploads.room.give(len(block))
+
+    def commit(
+        self, upload: Upload, fields: Mapping[str, str] | None = None
+    ) -> Progress:
+        """Name the file; of `upload` the size is what came.  Raises as Body does."""
+        uploads, upload = self._uploads, upload._replace(size=self.size)
+        with explained():
+            uploads.disk.flush(self._part.fd)
+            if not uploads.announce:
+                return uploads.name_at_once(self._part, upload)
+            with uploads.entered(upload.key, create=True, flushes=True) as ledger:
+                assert ledger is not None and not ledger.state.generation
+                uploads.begin(ledger, upload, is_whole=True)
+                self._part.close()
+                uploads.disk.rename(self._part.path, ledger.data_path)
+                ledger.append(("range", 0, upload.size))
+                state = ledger.state
+            return uploads.conclude(state, False, fields or {})
+
+    def close(self) -> None:
+        """Let go; a file that was not named is removed."""
+        self._part.remove()
+        self._uploads.room.give(self._reserved)
+        self._reserved = 0
+
+
 class Body:
     """One body on its way into the store; write() in order, commit() once, close()."""
 
-    def __init__(self, uploads: _Uploads, upload: Upload, start: int, end: int) -> None:
+    def __init__(
+        self,
+        uploads: _Uploads,
+        upload: Upload,
+        start: int,
+        end: int,
+        is_in_order: bool,
+        is_kept: bool,
+    ) -> None:
         self.upload = upload
         self.start = start
         self.end = end
-        self.position = start
+        self.is_in_order = is_in_order  # what comes before it must be stored
+        self.is_kept = is_kept  # what has come of it may be recorded before its end
+        self.position = start  # in place, changed under the lock: others look at it
         self._uploads = uploads
         self._disk = uploads.disk
         self.name = f"{uploads.process}-{secrets.token_hex(4)}"
-        self._part: _Part | None = None  # aside,
+        self._whole: Whole | None = None  # aside,
         self._data: _File | None = None  # or in place,
         self._published: _State | None = None  # or there is a finished file instead
         self._generation = ""  # what it belongs to
         self._missing: list[tuple[int, int]] = []  # of its range, when it began
         self._failures = 0  # of flushes, until then
+        self._reserved = 0  # bytes of room on the disk
         self._is_recorded = False
         uploads.expected.begin(self)
 
@@ -2233,6 +2517,8 @@ class Body:
         uploads = self._uploads
         is_aside = self.is_whole and not uploads.announce
         with uploads.entered(self.upload.key, create=not is_aside) as ledger:
+            if ledger and ledger.state.upload.size not in (-1, self.upload.size):
+                raise Conflict(_OTHER_SIZE)
             if ledger and ledger.state.finished:
                 self._begin_after_end(ledger, ledger.state.finished)
             elif ledger and (ledger.state.generation or not is_aside):
@@ -2240,8 +2526,9 @@ class Body:
                     uploads.begin(ledger, self.upload, self.is_whole)
                 self._join(ledger)
             else:
-                uploads.require_admitted(self.upload, self.is_whole)
-                self._part = _Part(self._disk, uploads.folder)
+                uploads.publisher.refuse_early(self.upload, is_whole=True)
+                uploads.require_room()
+                self._whole = Whole(uploads, self.upload.size)
 
     def _begin_after_end(self, ledger: _Ledger, place: _Place) -> None:
         """Compare with the finished file if it is still there, else begin anew."""
@@ -2262,9 +2549,23 @@ class Body:
         self._generation, self._published = ledger.state.generation, None
         self._failures = self._uploads.failures
         self._missing = ledger.state.ranges.gaps(self.start, self.end)
+        if self.is_in_order and ledger.state.ranges.gaps(0, self.start):
+            raise Conflict(_NO_BEGINNING)
+        if self.is_kept:  # a hanging request gives way
+            self._end_others(ledger, None, 0)
+        self._take_room(0 if ledger.state.ranges.total else self.upload.size)
         with self._opened():  # made, before somebody waits for its bytes
             if self._missing:
                 ledger.append(("claim", self.name, self.start, self.end))
+
+    def _take_room(self, whole: int) -> None:
+        size = sum(high - low for low, high in self._missing)
+        self._uploads.room.take(size, whole)
+        self._reserved = size
+
+    def _give_room(self, size: int) -> None:
+        self._reserved -= size
+        self._uploads.room.give(size)
 
     # Bytes
 
@@ -2278,8 +2579,8 @@ class Body:
         if end > self.end:
             raise Malformed(f"The chunk has more than {self.end - self.start} bytes.")
         with explained():
-            if self._part:
-                self._disk.write(self._part.fd, view, self.position)
+            if self._whole:
+                self._whole.write(view)
             else:
                 if self._published and not self._is_stored(view, self.position):
                     self._leave_published()
@@ -2314,20 +2615,32 @@ class Body:
                     self._end_others(ledger, piece, low)
                     with self._opened() as fd:
                         self._disk.write(fd, piece, low)
+                    self._give_room(len(piece))
                 self.position = end
         for low, high in Ranges(gaps).gaps(start, end):
             if not self._is_stored(block[low - start : high - start], low):
                 self._refuse(low, high)
         self.position = end
 
-    def _end_others(self, ledger: _Ledger, block: memoryview, start: int) -> None:
-        """End the claims of bodies of this process that wrote other bytes here."""
+    def _end_others(
+        self, ledger: _Ledger, block: memoryview | None, start: int
+    ) -> None:
+        """End the claims of bodies of this process that wrote other bytes here.
+
+        Without a `block` those of all others.
+        """
         for other in self._uploads.expected.bodies(self.upload.key):
-            low, high = max(start, other.start), min(start + len(block), other.position)
-            piece = block[low - start : high - start]
-            if other is not self and low < high and not self._is_stored(piece, low):
-                ledger.append(("claim", other.name, 0, 0))
-                self._uploads.expected.end(other)
+            if other is self or (
+                block is not None and not self._differs(other, block, start)
+            ):
+                continue
+            ledger.append(("claim", other.name, 0, 0))
+            self._uploads.expected.end(other)
+
+    def _differs(self, other: Body, block: memoryview, start: int) -> bool:
+        low, high = max(start, other.start), min(start + len(block), other.position)
+        piece = block[low - start : high - start]
+        return low < high and not self._is_stored(piece, low)
 
     def _require_current(self, ledger: _Ledger | None) -> _Ledger:
         """Raise Conflict when the upload is over, Trouble when the claim is."""
@@ -2383,11 +2696,14 @@ class Body:
         if size != wanted:
             raise Truncated(f"The chunk has {size} of {wanted} bytes.")
         with explained():
-            if self._part:
-                return self._uploads.name_at_once(self._part, self.upload)
+            if self._whole:
+                return self._whole.commit(self.upload)
             state = self._came_again() or self._record(is_end=True)
             self._is_recorded = True
-            self._uploads.expected.end(self)
+            # flow.js hands on the last answer that it sees: let that be the one of the
+            # chunk that completes the file.
+            seconds = 0.0 if state.is_complete else _ANSWER_SECONDS
+            self._uploads.expected.end(self, seconds)
             return self._uploads.conclude(state, not self.is_whole, fields or {})
 
     def _came_again(self) -> _State | None:
@@ -2405,13 +2721,14 @@ class Body:
 
     def _record(self, is_end: bool) -> _State:
         """Write down that what has come so far is there, or that it came again."""
+        reached = self.position  # others may ask for this while the body goes on
         if self._missing:
             self._flush()
         with self._uploads.entered(self.upload.key, flushes=True) as found:
             ledger = self._require_current(found)
             if self._missing and self._failures != self._uploads.failures:
                 raise Trouble("The disk could not store the chunk; please try again.")
-            gaps = ledger.state.ranges.gaps(self.start, self.position)
+            gaps = ledger.state.ranges.gaps(self.start, reached)
             lines: list[tuple[Any, ...]] = [("range", *gap) for gap in gaps]
             if is_end and self._missing:
                 lines.append(("claim", self.name, 0, 0))
@@ -2431,14 +2748,15 @@ class Body:
 
     def close(self) -> None:
         """Let go; of what was not recorded nothing counts."""
-        if self._part:
-            self._part.remove()
+        if self._whole:
+            self._whole.close()
         if self._generation and not self._published and not self._is_recorded:
             with contextlib.suppress(FlowError, OSError):
                 with self._uploads.entered(self.upload.key) as ledger:
                     self._give_back(self._require_current(ledger))
         if self._data:
             self._data.close()
+        self._give_room(self._reserved)
         self._uploads.expected.end(self)
 
     def _give_back(self, ledger: _Ledger) -> None:
@@ -2473,8 +2791,10 @@ class Store:
             progress = body.commit()
 
     `announce` is called with each Done, once while the process lives and after a crash
-    at least once; `admit` with each new Upload, to refuse it; `warn` with what the log
-    should say.  Raises Trouble when `upload_dir` can't be used; starts no thread.
+    at least once; `warn` with what the log should say.  New uploads are refused beyond
+    `max_uploads` unfinished ones, and bytes that would leave less than `min_free_space`
+    free (0: no limit).  Raises Trouble when `upload_dir` can't be used; starts no
+    thread.
     """
 
     def __init__(
@@ -2484,9 +2804,10 @@ class Store:
         on_conflict: str = "rename",
         disk: Disk | None = None,
         announce: Callable[[Done], None] | None = None,
-        admit: Callable[[Upload], None] = lambda upload: None,
         warn: Callable[[str], None] = lambda sentence: None,
         clock: Callable[[], float] = time.time,
+        max_uploads: int = 0,
+        min_free_space: int = 0,
     ) -> None:
         self.upload_dir = _followed(upload_dir)
         temp_dir = temp_dir or os.path.join(self.upload_dir, ".flowserver")
@@ -2497,7 +2818,8 @@ class Store:
         self._clock = clock
         lock = os.path.join(self.state_dir, "names.lock")
         publisher = _Publisher(self.disk, self.upload_dir, on_conflict, lock)
-        self._uploads = _Uploads(publisher, self.state_dir, announce, admit, clock)
+        limits = (max_uploads, min_free_space)
+        self._uploads = _Uploads(publisher, self.state_dir, announce, clock, *limits)
         try:
             with explained():
                 self._make_folders()
@@ -2510,18 +2832,27 @@ class Store:
         """Unfinished uploads, of all processes, as far as is known."""
         return self._uploads.count
 
-    def receive(self, upload: Upload, start: int, end: int) -> Body:
+    def receive(
+        self,
+        upload: Upload,
+        start: int,
+        end: int,
+        is_in_order: bool = False,
+        is_kept: bool = False,
+    ) -> Body:
         """Begin to take the bytes [start, end) of an upload.
 
-        Raises Malformed when they are not bytes of it, what `admit` raises, and
-        Conflict when the name is taken and on_conflict is "refuse".
+        With `is_in_order` what comes before them must be stored.  With `is_kept` this
+        body takes the place of others, and status() records what has come so far.
+        Raises Malformed when they are not bytes of it, Conflict when the name is taken
+        and on_conflict is "refuse", TooLarge, or Trouble.
         """
         is_empty = start == end and upload.size > 0
         if not 0 <= start <= end <= upload.size or is_empty:
             raise Malformed(
                 f"Bytes {start} to {end} are not all in a file of {upload.size}."
             )
-        body = Body(self._uploads, upload, start, end)
+        body = Body(self._uploads, upload, start, end, is_in_order, is_kept)
         try:
             with explained():
                 body.begin()
@@ -2529,6 +2860,12 @@ class Store:
             body.close()
             raise
         return body
+
+    def receive_whole(self, at_most: int) -> Whole:
+        """Begin to take a file that comes in one piece, of `at_most` so many bytes."""
+        with explained():
+            self._uploads.require_room()
+            return Whole(self._uploads, at_most)
 
     def open(self, upload: Upload) -> Progress:
         """Make an upload before its first byte comes; one of 0 bytes is finished."""
@@ -2539,6 +2876,7 @@ class Store:
         with explained(), uploads.entered(key, create=True, flushes=True) as ledger:
             assert ledger is not None
             if not ledger.state.generation:
+                uploads.room.take(0, upload.size)
                 uploads.begin(ledger, upload, is_whole=False, is_kept=True)
             return Progress(ledger.state.ranges.total, upload.size)
 
@@ -2549,18 +2887,33 @@ class Store:
                 self._uploads.expected.ask(upload.key, start, end)
             return state.may_skip(start, end)
 
-    def status(self, upload: Upload) -> tuple[list[tuple[int, int]], Done | None]:
-        """Return the ranges that need not be sent, and the end if any."""
-        with explained(), self._look(upload.key) as state:
+    def status(self, key: str) -> Status | None:
+        """Return what is known of an upload; None when that is nothing.
+
+        What bodies under way have brought is recorded first, where they are kept.
+        """
+        self._record_kept(key)
+        with explained(), self._look(key) as state:
+            if not state.generation:
+                return None
             place = state.finished
             path = self._uploads.publisher.path(place.path) if place else ""
-            if place and state.is_intact(self.disk.stat_path(path)):
-                return [(0, upload.size)], self._uploads.done(state)
-            return state.ranges.within(*state.told), None
+            is_there = place and state.is_intact(self.disk.stat_path(path))
+            done = self._uploads.done(state) if is_there else None
+            told = state.ranges.within(*state.told)
+            is_finished = place is not None
+            return Status(state.upload, list(state.ranges), told, is_finished, done)
 
-    def forget(self, upload: Upload) -> bool:
+    def _record_kept(self, key: str) -> None:
+        """Let HEAD see what a hanging request has brought (tus)."""
+        for body in self._uploads.expected.bodies(key):
+            if body.is_kept and self.disk.unlinks_open:
+                with contextlib.suppress(FlowError):  # it is over, or told itself
+                    body.checkpoint()
+
+    def forget(self, key: str) -> bool:
         """Drop an unfinished upload; a finished file is never touched."""
-        with explained(), self._uploads.entered(upload.key) as ledger:
+        with explained(), self._uploads.entered(key) as ledger:
             if ledger is None or not ledger.state.is_unfinished:
                 return False
             self._uploads.drop(ledger)
@@ -3254,6 +3607,16 @@ class Request(NamedTuple):
     is_proxied: bool = False  # came through a trusted proxy, whose word is believed
     fill: Callable[[bool], tuple[bytes | bytearray, int]] | None = None
     user: str = ""  # who is logged in
+    mount: str = ""  # where a WSGI application is mounted
+    base: str = ""  # the last word of the address, for what is below it
+
+    @property
+    def is_navigation(self) -> bool:
+        """Whether a browser wants a page, and no script an answer."""
+        headers = self.headers
+        is_page = headers.get("sec-fetch-mode", "navigate") == "navigate"
+        is_script = "x-requested-with" in headers or not is_page
+        return "text/html" in headers.get("accept", "") and not is_script
 
 
 class Response(NamedTuple):
@@ -3274,8 +3637,9 @@ def json_response(status: int, values: Mapping[str, object]) -> Response:
     return Response(status, headers, _compact_json(values).encode())
 
 
+_JSON = "application/json"
 _JSON_HEADERS = (
-    ("Content-Type", "application/json"),
+    ("Content-Type", _JSON),
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
 )
@@ -3284,6 +3648,46 @@ _STATUS_HEADERS = {
     503: (("Retry-After", "5"),),
 }
 _NO_CONTENT = Response(204, _JSON_HEADERS[1:], b"")
+_PAGE_HEADERS = (
+    ("Cache-Control", "no-cache"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "same-origin"),  # with none a form's Origin would be null
+    ("X-Frame-Options", "DENY"),
+)
+
+
+def html_response(status: int, body: str, policy: str) -> Response:
+    """Return a page, under a Content-Security-Policy."""
+    headers = (
+        ("Content-Type", "text/html; charset=utf-8"),
+        ("Content-Security-Policy", policy),
+    )
+    return Response(status, headers + _PAGE_HEADERS, body.encode())
+
+
+def text_response(status: int, text: str) -> Response:
+    """Return an answer in plain text."""
+    headers = (("Content-Type", "text/plain; charset=utf-8"), *_JSON_HEADERS[1:])
+    return Response(status, headers, text.encode())
+
+
+def files_page(status: int, files: Iterable[Mapping[str, object]]) -> Response:
+    """Return the page that a form without a script gets."""
+    rows = "".join(
+        f"<li>{html.escape(str(file.get('path', file['name'])))}:"
+        f" {html.escape(str(file.get('error', 'stored')))}"
+        for file in files
+    )
+    body = (
+        "<!doctype html><meta name=viewport content='width=device-width'>"
+        f"<title>Upload</title><ul>{rows}</ul><p><a href=''>Send more</a>"
+    )
+    return html_response(status, body, "default-src 'none'")
+
+
+def phrase_of(status: int) -> str:
+    """Return the reason phrase of a status."""
+    return http.client.responses.get(status, "Refused")
 
 
 def parse_query(text: str, parameters: dict[str, str] | None = None) -> dict[str, str]:
@@ -3322,17 +3726,42 @@ def parse_length(text: str) -> int:
 
 
 class CountingReader:
-    """``read(n)`` of a body that knows how many bytes are `left`."""
+    """``read(n)`` of a body that knows how many bytes are `left`.
 
-    def __init__(self, read: Callable[[int], bytes], length: int) -> None:
+    Reading it ends some day when its `connection` is known, or it `is_buffered`.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], bytes],
+        length: int,
+        connection: socket.socket | None = None,
+        is_buffered: bool = False,
+    ) -> None:
         self._read = read
+        self._connection = connection
         self.left = max(length, 0)
+        self.ends = is_buffered or connection is not None
 
     def __call__(self, size: int) -> bytes:
         """Return up to `size` bytes, b"" at the end."""
         block = self._read(min(size, self.left)) if self.left else b""
         self.left -= len(block)
         return block
+
+    @contextlib.contextmanager
+    def waiting(self, seconds: float) -> Iterator[None]:
+        """Let no call wait longer."""
+        if self._connection is None:
+            yield
+            return
+        before = self._connection.gettimeout()
+        self._connection.settimeout(seconds or None)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it is closed
+                self._connection.settimeout(before)
 
 
 def wsgi_request(environ: Mapping[str, Any]) -> Request:
@@ -3343,10 +3772,12 @@ def wsgi_request(environ: Mapping[str, Any]) -> Request:
         if name.startswith("HTTP_")
     }
     headers["content-type"] = environ.get("CONTENT_TYPE") or ""
-    # gunicorn hands a body of unknown length on without a word, but for this header.
-    unknown = "-1" if "transfer-encoding" in headers else "0"
-    length = parse_length(environ.get("CONTENT_LENGTH") or unknown)
+    is_decoded = environ.get("wsgi.input_terminated", False)
+    is_chunked = "transfer-encoding" in headers  # of which some hand on the framing
+    said = environ.get("CONTENT_LENGTH") or ("-1" if is_chunked else "0")
+    length = parse_length(said) if is_decoded or not is_chunked else -1
     path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
+    mount = environ.get("SCRIPT_NAME", "")
     # Flask's own server would wait for ever for what Flask has read already.
     is_read = "stream" in getattr(environ.get("werkzeug.request"), "__dict__", ())
     return Request(
@@ -3355,9 +3786,16 @@ def wsgi_request(environ: Mapping[str, Any]) -> Request:
         query=environ.get("QUERY_STRING", ""),
         headers=headers,
         length=length,
-        read=CountingReader(environ["wsgi.input"].read, 0 if is_read else length),
+        read=CountingReader(
+            environ["wsgi.input"].read,
+            0 if is_read else length,
+            environ.get("gunicorn.socket"),
+            "waitress.client_disconnected" in environ,  # it has all of the body
+        ),
         client=environ.get("REMOTE_ADDR", ""),
         scheme=environ.get("wsgi.url_scheme", "http"),
+        mount=mount,
+        base=(mount + path).rpartition("/")[2],
     )
 
 
@@ -3390,37 +3828,59 @@ class Content:
         self.given: dict[str, str] = {}  # parameters, as the client named them
         self.dialect: Dialect | None = None
         self._dialects = tuple(dialects)
-        self._parser: MultipartParser | None = None
         self._events: Iterator[Event] = iter(())
+        self._parser: MultipartParser | None = None
+        self._ending_size = 0  # of a form that ends after this file
+        self._left = request.length  # bytes of the body that are not read yet
         self._field_size = 0
         self._files = 0
+        self.is_read = False  # its body held parameters, and nothing else
 
-    def read_query(self) -> None:
-        """Take the parameters of the address, and find out whose they are."""
+    @property
+    def is_form(self) -> bool:
+        """Whether the body is a form."""
+        kind = self.request.headers.get("content-type", "").lower().lstrip()
+        return kind.startswith("multipart/")
+
+    @property
+    def is_unread_form(self) -> bool:
+        """Whether the body is a form whose fields are not known yet."""
+        return self.is_form and not self._files
+
+    def read_head(self) -> None:
+        """Take the parameters of address and headers, and find out whose they are."""
         parse_query(self.request.query, self.given)
+        self.given.update(range_parameters(self.request.headers))
         self.find_dialect()
 
     def find_dialect(self) -> None:
         """Find out whose parameters they are, whether they make sense or not."""
         self.dialect = recognise(self.given, self._dialects)
 
-    def chunk(self) -> Chunk:
+    def require_marks(self) -> None:
+        """Raise Malformed when this could be a chunk of a library, badly written."""
+        require_marks(self.given, self._dialects)
+
+    def chunk(self, part: Part | None = None) -> Chunk:
         """Return what the parameters say so far; raises Malformed."""
         if self.dialect is None:
             raise Malformed("The parameters are not those of an uploader known here.")
-        return parse_chunk(self.dialect, self.given)
+        if part is None:
+            return parse_chunk(self.dialect, self.given)
+        return parse_chunk(self.dialect, self.given, part.filename or "", self.rest)
 
     def other_fields(self) -> dict[str, str]:
         """Return what the client sent beside the parameters of its library."""
         known = self.dialect.names + self.dialect.unused if self.dialect else ()
         return {name: text for name, text in self.given.items() if name not in known}
 
-    @property
-    def is_form(self) -> bool:
-        """Whether the body is a form that was begun to be read."""
-        return self._parser is not None
-
     # The body
+
+    @property
+    def rest(self) -> int:
+        """Bytes of the file that begins here, if the body holds nothing after it."""
+        unread = self._parser.unread if self._parser else 0
+        return self._left + unread - self._ending_size
 
     def next_file(self) -> Part | None:
         """Return the next file of the body, None at its end; raises Malformed.
@@ -3429,7 +3889,7 @@ class Content:
         """
         if not self._files and not self._begin():
             self._files += 1
-            return Part("", "", "")
+            return Part("", disposition_name(self.request.headers), "")
         name, value = "", bytearray()
         for event in self._events:
             if isinstance(event, Part) and event.filename is not None:
@@ -3455,11 +3915,12 @@ class Content:
         if boundary is None:
             self._events = (memoryview(data)[:size] for data, size in self._buffers())
             return False
+        self._ending_size = len(boundary) + 8  # CR LF -- boundary -- CR LF
         self._parser = MultipartParser(boundary)
         self._events = self._form_events(self._parser)
         return True
 
-    def blocks(self, size: int) -> Iterator[memoryview]:
+    def blocks(self, size: int = 0) -> Iterator[memoryview]:
         """Yield the bytes of the file, of which `size` are announced.
 
         Each view holds until the next one is asked for.  No need to search for the
@@ -3483,25 +3944,25 @@ class Content:
 
         A form's beginning is wanted at once: it says whose bytes are under way.
         """
-        request, left = self.request, self.request.length
-        while left:
+        request = self.request
+        while self._left:
             if request.fill:
                 buffer, size = request.fill(not self._files)
             else:
                 assert request.read is not None
                 try:
-                    buffer = request.read(min(BLOCK_SIZE, left))
+                    buffer = request.read(min(BLOCK_SIZE, self._left))
                 except OSError as error:
                     raise Truncated("The connection broke.") from error
                 size = len(buffer)
-            if not size and left == request.length and not request.fill:
+            if not size and self._left == request.length and not request.fill:
                 raise Malformed(
                     "The form was read already: give the request to flowserver before"
                     " anything touches request.form or request.POST."
                 )
             if not size:
-                raise Truncated(f"The body ended {left} bytes before its end.")
-            left -= size
+                raise Truncated(f"The body ended {self._left} bytes before its end.")
+            self._left -= size
             yield buffer, size
 
     def _form_events(self, parser: MultipartParser) -> Iterator[Event]:
@@ -3511,10 +3972,33 @@ class Content:
             parser.close()
         except Truncated as error:  # although every byte of it came
             raise Malformed(str(error)) from error
-        if not self._files:
-            is_text = any(text.startswith("data:") for text in self.given.values())
-            complaint = "There is no file in the form."
-            raise Malformed(_FILE_AS_TEXT if is_text else complaint)
+
+    def read_fields(self) -> None:
+        """Take the parameters of a body that holds nothing else.
+
+        That is Fine Uploader's request after the last chunk.
+        """
+        kind = self.request.headers.get("content-type", "").partition(";")[0].lower()
+        if self.dialect or kind not in ("application/x-www-form-urlencoded", _JSON):
+            return
+        if self.request.length > _MAX_FIELD_SIZE:
+            raise Malformed("The fields of the request are too long.")
+        text = b"".join(bytes(data[:size]) for data, size in self._buffers())
+        try:
+            if kind == _JSON:
+                values = json.loads(text)
+                self.given.update((str(name), str(values[name])) for name in values)
+            else:
+                parse_query(text.decode("utf-8"), self.given)
+        except (ValueError, TypeError) as error:
+            raise Malformed("The fields of the request can't be read.") from error
+        self._files, self.is_read = 1, True
+        self.find_dialect()
+
+    def no_file(self) -> Malformed:
+        """Return the complaint that nothing came."""
+        is_text = any(text.startswith("data:") for text in self.given.values())
+        return Malformed(_FILE_AS_TEXT if is_text else "There is no file in the form.")
 
     def _add_field(self, name: str, value: bytearray) -> None:
         try:
@@ -3735,19 +4219,26 @@ def _shared_key(path: str) -> bytes:
 
 
 def ask_program(
-    log: logging.Logger, name: str, hook: Callable[[A], str | None], argument: A
+    log: logging.Logger,
+    name: str,
+    hook: Callable[[A], str | bool | None],
+    argument: A,
+    meanings: Mapping[Any, str] = types.MappingProxyType({}),
 ) -> str:
-    """Call what the program has given us; its mistakes are told as its own."""
+    """Return what a function of the program answers, or what that means.
+
+    Its mistakes are told as its own.
+    """
     try:
         answer = hook(argument)
         if isinstance(answer, str):
             return answer
-        if (answer is None or answer is False) and name != "place":
-            return ""  # as of `request.headers.get(...)`, or of `is_bad and "No."`
+        if (answer is None or isinstance(answer, bool)) and answer in meanings:
+            return meanings[answer]
         raise TypeError(f"{name}() returned {answer!r}, which is no str")
     except FlowError:
         raise
-    except Exception:  # whatever a stranger's function may raise
+    except (Exception, SystemExit):  # whatever a stranger's function may raise
         log.exception("%s() of this program failed", name)
         raise Trouble("The server made a mistake.") from None
 
@@ -3755,6 +4246,9 @@ def ask_program(
 _LOOPBACK_NAME = re.compile(
     r"([a-z0-9-]+\.)*localhost|127(\.[0-9]{1,3}){3}|\[::1\]"  # in lower case
 )
+
+
+_AUTHORIZED = {None: "", True: "", False: "You may not upload here."}
 
 
 class Access:
@@ -3765,7 +4259,7 @@ class Access:
         settings: Settings,
         log: logging.Logger,
         folder: str,
-        authorize: Callable[[Request], str | None] | None,
+        authorize: Callable[[Request], str | bool | None] | None,
         owner: Callable[[Request], str] | None,
     ) -> None:
         self.settings = settings
@@ -3851,7 +4345,9 @@ class Access:
             header = request.headers.get("authorization", "")
             request = request._replace(user=self._users.authenticate(header))
         if self._authorize:
-            refusal = ask_program(self.log, "authorize", self._authorize, request)
+            refusal = ask_program(
+                self.log, "authorize", self._authorize, request, _AUTHORIZED
+            )
             if refusal:
                 raise Forbidden(refusal)
         return request
@@ -3859,7 +4355,8 @@ class Access:
     def owner(self, request: Request) -> str:
         """Return whose an upload is, "" for nobody's."""
         if self._owner and not self._users:
-            return ask_program(self.log, "owner", self._owner, request)
+            # None is nobody, as of `request.headers.get(...)`.
+            return ask_program(self.log, "owner", self._owner, request, {None: ""})
         return request.user
 
     def sender(self, request: Request) -> str:
@@ -3894,37 +4391,113 @@ def _unknown_host(host: str) -> Foreign:
     )
 
 
-# ---- application ---------------------------------------------------------------------
-# Law: the whole product without a socket.  A request that may come in becomes a
-# response, and whatever happens on the way a status that this client obeys and one
-# sentence.
+# ---- intake --------------------------------------------------------------------------
+# Law: whatever the protocol, a file comes in by this door: whose it is, where it goes,
+# how large it may be and what the log says of it are the same for all.
 
-_CHUNK_METHODS = ("POST", "PUT", "PATCH")
-_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
-_DRAIN_SIZE = 64 * 1024 * 1024  # bytes, where max_chunk_size sets no other limit
 _FORM_ALLOWANCE = 256 * 1024  # bytes that a form may have beside the chunk
-_FIGURE_SECONDS = 10  # how old free space and open uploads may be
-_SWEEP_SECONDS = 300
+_DRAIN_SIZE = 64 * 1024 * 1024  # bytes, where max_chunk_size sets no other limit
 
 
 class Incoming(NamedTuple):
-    """An upload whose place is asked for; `fields` are what else the form held."""
+    """An upload whose place is asked for; `fields` are what else the client said."""
 
     owner: str
     identifier: str
     filename: str
     relative_path: str  # safe already
-    size: int  # in bytes
+    size: int  # in bytes; -1 when only its end tells
     fields: Mapping[str, str]
 
 
-def _success(status: str, **values: object) -> Response:
-    return json_response(200, {"success": True, "status": status, **values})
+class Intake:
+    """What all protocols need of store, settings and program."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        access: Access,
+        log: logging.Logger,
+        place: Callable[[Incoming], str] | None,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.log = log
+        self._access = access
+        self._place = place
+        name = os.path.basename(store.temp_dir)
+        self._avoided = unicodedata.normalize("NFC", name)  # as those of clients are
+
+    def upload(self, request: Request, chunk: Chunk) -> Upload:
+        """Return the upload that a chunk belongs to: that of its one sender.
+
+        An identifier that a library has drawn names it alone: some of its requests
+        say nothing else.
+        """
+        owner, sender = self._access.owner(request), ""
+        if not owner and not chunk.is_secret:
+            sender = self._access.sender(request)
+        names = ("", 0) if chunk.is_random else (chunk.path, chunk.size)
+        key = upload_key(owner, sender, chunk.identifier, *names)
+        who = (owner, chunk.identifier, chunk.is_secret)
+        path = safe_path(chunk.path, self._avoided) if chunk.path else ""
+        return Upload(key, path, chunk.size, *who)
+
+    def placed(self, upload: Upload, fields: Mapping[str, str]) -> Upload:
+        """Return the upload with the path that place() wants for it."""
+        if self._place is None:
+            return upload
+        name = upload.path.rpartition("/")[2]
+        who = (upload.owner, upload.identifier)
+        incoming = Incoming(*who, name, upload.path, upload.size, fields)
+        path = ask_program(self.log, "place", self._place, incoming)
+        return upload._replace(path=safe_path(path, self._avoided))
+
+    def check_size(self, what: str, size: int) -> None:
+        """Raise TooLarge when a "chunk" or "file" has more bytes than it may have."""
+        name = f"max_{what}_size"
+        limit = getattr(self.settings, name)
+        if limit and size > limit:
+            raise TooLarge(
+                f"The {what} has {in_units(size)}; this server takes at most"
+                f" {in_units(limit)} ({name})."
+            )
+
+    @property
+    def drain_size(self) -> int:
+        """How much of a refused body is read on at most, in bytes."""
+        return (self.settings.max_chunk_size or _DRAIN_SIZE) + _FORM_ALLOWANCE
+
+    def concluded(self, request: Request, progress: Progress, seconds: float) -> None:
+        """Log a file that is finished, after so many seconds for its last request."""
+        done = progress.done
+        if done is None or not progress.is_new:
+            return
+        if progress.began:
+            seconds = time.time() - progress.began
+        rate = done.size / max(seconds, 1e-3) / (1 << 20)
+        self.log.info(
+            "%s finished %s, %d bytes in %.3f s, %.1f MiB/s",
+            escaped(request.user or request.client or "-"),
+            quoted(done.relative_path),
+            done.size,
+            seconds,
+            rate,
+        )
+
+    def cancelled(self, request: Request, key: str) -> bool:
+        """Forget an unfinished upload; return whether there was one."""
+        is_gone = self.store.forget(key)
+        if is_gone:
+            who = escaped(request.user or request.client or "-")
+            self.log.info("%s cancelled the upload %s", who, key)
+        return is_gone
 
 
-def _complete(done: Done, **values: object) -> Response:
-    names = {"filename": done.filename, "path": done.relative_path}
-    return _success("complete", **names, size=done.size, **values)
+def _require_name(name: str) -> None:
+    if not name:
+        raise Malformed("The file has no name; it may stand behind the address.")
 
 
 def _require_length(what: str, actual: int, said: int) -> None:
@@ -3934,24 +4507,555 @@ def _require_length(what: str, actual: int, said: int) -> None:
         )
 
 
+# ---- chunks and forms ----------------------------------------------------------------
+# Law: a request without a protocol of its own is a chunk, where a dialect knows its
+# parameters; else each file of a form, or the body, is stored whole.
+
+_CHUNK_METHODS = ("POST", "PUT", "PATCH")
+
+
+def _success(status: str, **values: object) -> Response:
+    return json_response(200, {"success": True, "status": status, **values})
+
+
+def _file_values(done: Done) -> dict[str, object]:
+    names = {"filename": done.filename, "path": done.relative_path}
+    return {**names, "size": done.size}
+
+
+class Chunks:
+    """The chunk uploaders, and whole files: forms and PUT."""
+
+    headers = ()  # of each answer
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._store = intake.store
+
+    def speaks(self, request: Request, content: Content) -> bool:
+        """Whether a request is of this protocol: what is of no other one."""
+        return True
+
+    def respond(self, request: Request, below: str, content: Content) -> Response:
+        """Answer a request at the upload address, or `below` it."""
+        if request.method in ("GET", "HEAD"):
+            if below:
+                raise Missing("There is nothing at this address.")
+            return self._test(request, content)
+        if request.method == "DELETE":
+            return self._delete(request, below, content)
+        if request.method not in _CHUNK_METHODS:
+            raise BadMethod("Chunks are sent with POST, PUT or PATCH.")
+        if request.length < 0:
+            raise LengthRequired("The request must say how long its body is.")
+        content.read_fields()
+        if content.given.get("_method") == "DELETE":  # Fine Uploader
+            return self._delete(request, below, content)
+        if content.is_read:
+            return self._after_last_chunk(request, content)
+        return self._receive(request, below, content)
+
+    def _test(self, request: Request, content: Content) -> Response:
+        """Is this chunk, or what of this upload, here?  Changes nothing."""
+        if content.dialect is None:
+            return _NO_CONTENT
+        chunk = content.chunk()
+        upload = self._intake.upload(request, chunk)
+        if chunk.length < 0:
+            return self._status(upload)
+        if not self._store.has(upload, chunk.start, chunk.start + chunk.length):
+            return _NO_CONTENT
+        return _success("partial", size=upload.size)
+
+    def _status(self, upload: Upload) -> Response:
+        status = self._store.status(upload.key)
+        if status and status.done:
+            everything = [(0, upload.size)]
+            return _success("complete", **_file_values(status.done), ranges=everything)
+        ranges = status.told if status else []
+        word = "partial" if ranges else "unknown"
+        return _success(word, size=upload.size, ranges=ranges)
+
+    def _delete(self, request: Request, below: str, content: Content) -> Response:
+        row = content.dialect
+        if row and not row.is_random:
+            chunk = content.chunk()
+        elif row or below:  # Fine Uploader puts the identifier behind the address
+            identifier = content.given[row.identifier] if row else below
+            chunk = Chunk(identifier, "", "", -1, 0, -1, is_random=True)
+        else:
+            raise Malformed("The upload to cancel is not named.")
+        key = self._intake.upload(request, chunk).key
+        if not self._intake.cancelled(request, key) and chunk.is_random:
+            status = self._store.status(key)
+            if status and status.is_finished:
+                raise Forbidden("A finished file can't be removed here.")
+        return _NO_CONTENT
+
+    def _after_last_chunk(self, request: Request, content: Content) -> Response:
+        """Answer Fine Uploader's request after the last chunk of a file.
+
+        An empty file has no other one.
+        """
+        chunk = content.chunk(_NO_PART)
+        upload = self._intake.upload(request, chunk)
+        if content.given.get("qqtotalparts") == "0":
+            part = Part("", chunk.filename, "")
+            return self._receive_files(request, content, part, chunk.path)
+        status = self._store.status(upload.key)
+        if status is None or not status.is_finished:
+            raise Conflict("This file is not complete; please send it again.")
+        return _success("complete", **_file_values(status.done) if status.done else {})
+
+    # Chunks
+
+    def _receive(self, request: Request, below: str, content: Content) -> Response:
+        part = content.next_file()
+        if part is None:
+            raise content.no_file()
+        if content.dialect is None:
+            content.require_marks()
+            path = "" if content.is_form else below
+            return self._receive_files(request, content, part, path)
+        chunk = content.chunk(part)
+        if chunk.length < 0 and content.dialect.has_tests:
+            raise Malformed("The number of the chunk is missing.")
+        if chunk.length < 0:
+            return self._receive_files(request, content, part, chunk.path)
+        return self._receive_chunk(request, content, chunk)
+
+    def _receive_chunk(
+        self, request: Request, content: Content, chunk: Chunk
+    ) -> Response:
+        began = time.monotonic()
+        self._intake.check_size("chunk", chunk.length)
+        self._intake.check_size("file", chunk.size)
+        if not content.is_form:
+            _require_length("body", request.length, chunk.length)
+        elif not 0 <= request.length - chunk.length <= _FORM_ALLOWANCE:
+            _require_length("body", request.length, chunk.length)
+        upload = self._intake.upload(request, chunk)
+        if content.given.get("qqresume") == "true" and not self._store.status(
+            upload.key
+        ):
+            return json_response(200, {"success": False, "reset": True})
+        upload = self._intake.placed(upload, content.other_fields())
+        end, received = chunk.start + chunk.length, 0
+        with self._store.receive(upload, chunk.start, end, chunk.is_in_order) as body:
+            for block in content.blocks(chunk.length):
+                received += len(block)
+                if received <= chunk.length:
+                    body.write(block)
+            content.end()
+            _require_length("chunk", received, chunk.length)
+            progress = body.commit(content.other_fields())
+        self._intake.concluded(request, progress, time.monotonic() - began)
+        if progress.done:
+            return _success("complete", **_file_values(progress.done))
+        return _success("partial", received=progress.received, size=progress.size)
+
+    # Whole files
+
+    def _receive_files(
+        self, request: Request, content: Content, part: Part | None, path: str
+    ) -> Response:
+        """Store each file of a body; what is refused does not cost the others."""
+        files: list[dict[str, object]] = []
+        refusal: FlowError | None = None
+        while part:
+            name = path or part.filename or ""
+            try:
+                done = self._receive_file(request, content, name)
+                files += [{"name": name, **_file_values(done)}] if done else []
+            except FlowError as error:
+                if isinstance(error, Truncated) or not content.is_form:
+                    raise
+                refusal = refusal or error
+                files.append({"name": name, "error": str(error)})
+                if content.rest > self._intake.drain_size:  # too much to read on
+                    break
+                for _ in content.blocks():
+                    pass
+            part = content.next_file()
+        if not files:
+            raise content.no_file()
+        return self._answer_files(request, content, files, refusal)
+
+    def _receive_file(
+        self, request: Request, content: Content, name: str
+    ) -> Done | None:
+        """Store one file; None when a form's field for files was left empty."""
+        began, fields = time.monotonic(), content.other_fields()
+        at_most = max(content.rest, 0)
+        if not content.is_form:
+            self._intake.check_size("file", at_most)
+            _require_name(name)
+        chunk = Chunk(secrets.token_hex(16), name, name, -1, 0, -1, is_random=True)
+        with self._store.receive_whole(at_most) as body:
+            for block in content.blocks():
+                self._intake.check_size("file", body.size + len(block))
+                body.write(block)
+            if not name and not body.size:
+                return None
+            _require_name(name)
+            upload = self._intake.upload(request, chunk)._replace(size=body.size)
+            progress = body.commit(self._intake.placed(upload, fields), fields)
+        self._intake.concluded(request, progress, time.monotonic() - began)
+        return progress.done
+
+    def _answer_files(
+        self,
+        request: Request,
+        content: Content,
+        files: list[dict[str, object]],
+        refusal: FlowError | None,
+    ) -> Response:
+        """Say what became of each file; the status is that of the first refusal."""
+        if "filepond" in content.given and not refusal:  # wants an id, and no JSON
+            return text_response(200, f"finished-{secrets.token_hex(16)}")
+        status = refusal.status if refusal else 200
+        if request.is_navigation:
+            return files_page(status, files)
+        values: dict[str, object] = {"success": not refusal}
+        if refusal:
+            values.update(error=str(refusal), preventRetry=True)
+        elif len(files) == 1:
+            values.update(files[0], status="complete")
+        return json_response(status, {**values, "files": files})
+
+
+_NO_PART = Part("", "", "")
+
+
+# ---- tus -----------------------------------------------------------------------------
+# Law: tus 1.0 (tus.io): creation, creation-with-upload, termination, expiration and
+# checksum.  What a PATCH has brought is kept however it ends; an offset that was ever
+# answered is on the disk.
+
+_TUS_VERSION = "1.0.0"
+_TUS_BODY = "application/offset+octet-stream"
+_TUS_ALGORITHMS = ("sha1", "sha256")
+_CHECKPOINT_SIZE = 64 * 1024 * 1024  # bytes
+_CHECKPOINT_SECONDS = 5.0
+
+
+class WrongVersion(Malformed):
+    """A version of tus that is not spoken here."""
+
+    status = 412
+
+
+class WrongChecksum(Malformed):
+    """The bytes are not those that were sent."""
+
+    status = 460
+
+
+class WrongType(Malformed):
+    """The body is of a type that has no meaning here."""
+
+    status = 415
+
+
+def tus_options(settings: Settings) -> tuple[tuple[str, str], ...]:
+    """Return the headers that tell what of tus is spoken."""
+    extensions = "creation,creation-with-upload,termination,expiration,checksum"
+    limit = settings.max_file_size
+    return (
+        *Tus.headers,
+        ("Tus-Extension", extensions),
+        ("Tus-Checksum-Algorithm", ",".join(_TUS_ALGORITHMS)),
+        *((("Tus-Max-Size", str(limit)),) if limit else ()),
+    )
+
+
+class Tus:
+    """The tus protocol; an upload lives at ``<upload_path>/<id>``."""
+
+    headers = (("Tus-Resumable", _TUS_VERSION), ("Tus-Version", _TUS_VERSION))
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._store = intake.store
+
+    def speaks(self, request: Request, content: Content) -> bool:
+        """Whether a request is of this protocol."""
+        return "tus-resumable" in request.headers
+
+    def respond(self, request: Request, below: str, content: Content) -> Response:
+        """Answer a request at the upload address, or `below` it."""
+        if request.headers["tus-resumable"] != _TUS_VERSION:
+            raise WrongVersion(f"This server speaks tus {_TUS_VERSION}.")
+        method = request.method
+        if method == "POST":
+            method = request.headers.get("x-http-method-override", "POST").upper()
+        if method == "POST":
+            return self._create(request, content)
+        upload = self._upload(request, below)
+        status = self._store.status(upload.key)
+        if status is None:
+            raise Missing("There is no such upload (any more).")
+        if method == "HEAD":
+            return self._head(status)
+        if method == "PATCH":
+            return self._patch(request, status, content)
+        if method == "DELETE" and not status.is_finished:
+            self._intake.cancelled(request, upload.key)
+            return Response(204, (), b"")
+        if method == "DELETE":
+            raise Forbidden("A finished file can't be removed here.")
+        raise BadMethod("An upload is sent with PATCH.")
+
+    def _upload(self, request: Request, identifier: str, name: str = "") -> Upload:
+        chunk = Chunk(identifier, name, name, -1, 0, -1, is_random=True)
+        return self._intake.upload(request, chunk)
+
+    def _create(self, request: Request, content: Content) -> Response:
+        headers = request.headers
+        if "upload-concat" in headers:
+            raise Malformed("Uploads can't be joined here; set parallelUploads: 1.")
+        if "upload-defer-length" in headers:
+            raise Malformed("The length of the file must be known when it is begun.")
+        size = parse_integer(headers.get("upload-length", ""), "Upload-Length")
+        self._intake.check_size("file", size)
+        fields = parse_metadata(headers.get("upload-metadata", ""))
+        identifier = secrets.token_hex(16)
+        names = (fields.get(n, "") for n in ("relativePath", "filename", "name"))
+        name = next((one for one in names if one not in _ABSENT), identifier)
+        upload = self._upload(request, identifier, name)._replace(size=size)
+        upload = self._intake.placed(upload, fields)._replace(fields=fields)
+        self._intake.concluded(request, self._store.open(upload), 0.0)
+        place = f"{request.base}/{identifier}" if request.base else identifier
+        answer = (("Location", place), *self._expires())
+        if headers.get("content-type") == _TUS_BODY and request.length > 0:
+            offset = self._receive(request, upload, 0, content)
+            answer += (("Upload-Offset", str(offset)),)
+        return Response(201, answer, b"")
+
+    def _head(self, status: Status) -> Response:
+        offset, size = _offset_of(status), status.upload.size
+        headers = (("Upload-Offset", str(offset)), ("Upload-Length", str(size)))
+        no_store = ("Cache-Control", "no-store")
+        return Response(200, (*headers, no_store, *self._expires()), b"")
+
+    def _patch(self, request: Request, status: Status, content: Content) -> Response:
+        if request.headers.get("content-type") != _TUS_BODY:
+            raise WrongType(f"The body must be {_TUS_BODY}.")
+        said = parse_integer(request.headers.get("upload-offset", ""), "Upload-Offset")
+        offset = _offset_of(status)
+        if said != offset:
+            raise Conflict(f"The upload goes on at {offset}, not at {said}.")
+        offset = self._receive(request, status.upload, offset, content)
+        return Response(204, (("Upload-Offset", str(offset)), *self._expires()), b"")
+
+    def _receive(
+        self, request: Request, upload: Upload, start: int, content: Content
+    ) -> int:
+        """Store what a request brings, and return where the next one begins."""
+        end, began = start + request.length, time.monotonic()
+        if request.length < 0:
+            raise LengthRequired("The request must say how long its body is.")
+        if end > upload.size:
+            raise TooLarge(f"The file has {upload.size} bytes, but these end at {end}.")
+        check = _Checksum(request.headers.get("upload-checksum", ""))
+        if start == end:
+            return end
+        with self._store.receive(upload, start, end, is_kept=check.is_absent) as body:
+            try:
+                self._write(body, content, check)
+            except FlowError:
+                if check.is_absent:
+                    body.checkpoint()
+                raise
+            check.verify()
+            progress = body.commit(upload.fields)
+        self._intake.concluded(request, progress, time.monotonic() - began)
+        return end
+
+    def _write(self, body: Body, content: Content, check: _Checksum) -> None:
+        recorded, then = body.position, time.monotonic()
+        content.next_file()
+        for block in content.blocks():
+            body.write(block)
+            check.update(block)
+            is_far = body.position - recorded >= _CHECKPOINT_SIZE
+            is_long_ago = time.monotonic() - then >= _CHECKPOINT_SECONDS
+            if check.is_absent and (is_far or is_long_ago):
+                body.checkpoint()
+                recorded, then = body.position, time.monotonic()
+
+    def _expires(self) -> tuple[tuple[str, str], ...]:
+        seconds = self._intake.settings.stale_after
+        when = email.utils.formatdate(time.time() + seconds, usegmt=True)
+        return (("Upload-Expires", when),) if seconds else ()
+
+
+def _offset_of(status: Status) -> int:
+    """Return the bytes that are stored from the beginning on."""
+    if status.is_finished:
+        return status.upload.size
+    first = status.stored[0] if status.stored else (0, 0)
+    return first[1] if first[0] == 0 else 0
+
+
+class _Checksum:
+    """What Upload-Checksum says that a body must have."""
+
+    def __init__(self, header: str) -> None:
+        self.is_absent = not header
+        algorithm, _, text = header.partition(" ")
+        if header and algorithm not in _TUS_ALGORITHMS:
+            raise Malformed(f"Checksums are {' or '.join(_TUS_ALGORITHMS)} here.")
+        self._digest = hashlib.new(algorithm) if header else None
+        self._said = text
+
+    def update(self, block: memoryview) -> None:
+        """Take the next bytes."""
+        if self._digest:
+            self._digest.update(block)
+
+    def verify(self) -> None:
+        """Raise WrongChecksum when the bytes are others."""
+        digest = self._digest.digest() if self._digest else b""
+        if self._digest and base64.b64encode(digest).decode() != self._said:
+            raise WrongChecksum("The bytes are not those that were sent.")
+
+
+def parse_metadata(text: str) -> dict[str, str]:
+    """Return what Upload-Metadata says: ``filename d29ybGQ=,is_draft``."""
+    fields: dict[str, str] = {}
+    for pair in filter(None, map(str.strip, text.split(","))):
+        name, _, value = pair.partition(" ")
+        try:
+            fields[name] = base64.b64decode(value, validate=True).decode("utf-8")
+        except ValueError as error:
+            raise Malformed(
+                f"The metadata {quoted(name[:80])} can't be read."
+            ) from error
+    return fields
+
+
+# ---- FilePond ------------------------------------------------------------------------
+# Law: FilePond's chunks.  The id is drawn here and holds the size, so that nothing is
+# kept before the first byte; a PATCH counts as a whole or not at all.
+
+_FILEPOND_ID = re.compile("[0-9a-f]{32}-([0-9]{1,15})")
+
+
+class FilePond:
+    """FilePond's protocol of POST, PATCH and HEAD ``?patch=<id>``, and DELETE."""
+
+    headers = ()
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._store = intake.store
+
+    def speaks(self, request: Request, content: Content) -> bool:
+        """Whether a request is of this protocol."""
+        is_begun = request.method == "POST" and "upload-length" in request.headers
+        kind = request.headers.get("content-type", "")
+        is_end = request.method == "DELETE" and kind.startswith("text/plain")
+        asks = not {"patch", "load", "fetch", "restore"}.isdisjoint(content.given)
+        return content.dialect is None and (is_begun or is_end or asks)
+
+    def respond(self, request: Request, below: str, content: Content) -> Response:
+        """Answer a request at the upload address."""
+        if request.method == "POST":
+            return self._begin(request, content)
+        if request.method == "DELETE":
+            return self._delete(request, content)
+        if "patch" not in content.given:
+            raise Missing("Files are not fetched, loaded or restored here.")
+        if request.method == "PATCH":
+            return self._patch(request, content)
+        if request.method != "HEAD":
+            raise BadMethod("Chunks are sent with PATCH.")
+        status = self._store.status(self._upload(request, content.given["patch"]).key)
+        offset = _offset_of(status) if status else 0
+        return Response(200, (("Upload-Offset", str(offset)),), b"")
+
+    def _upload(self, request: Request, identifier: str, name: str = "") -> Upload:
+        match = _FILEPOND_ID.fullmatch(identifier)
+        if not match:
+            raise Missing("There is no such upload.")
+        chunk = Chunk(identifier, name, name, int(match[1]), 0, -1, is_random=True)
+        return self._intake.upload(request, chunk)
+
+    def _begin(self, request: Request, content: Content) -> Response:
+        size = parse_integer(request.headers["upload-length"], "Upload-Length")
+        self._intake.check_size("file", size)
+        if content.next_file():
+            raise Malformed("The file comes after its beginning, with PATCH.")
+        return text_response(201, f"{secrets.token_hex(16)}-{size}")
+
+    def _patch(self, request: Request, content: Content) -> Response:
+        name = request.headers.get("upload-name", "")
+        try:
+            name = name.encode("latin-1").decode("utf-8")
+        except ValueError as error:
+            raise Malformed("Upload-Name is not UTF-8.") from error
+        began, headers = time.monotonic(), request.headers
+        upload = self._upload(request, content.given["patch"], name)
+        start = parse_integer(headers.get("upload-offset", ""), "Upload-Offset")
+        end = start + max(request.length, 0)
+        if start == end == upload.size > 0:  # after the last chunk comes an empty one
+            status = self._store.status(upload.key)
+            if status and not status.is_finished:
+                raise Conflict("This file is not complete; please send it again.")
+            return text_response(200, str(end))
+        self._intake.check_size("chunk", end - start)
+        fields = content.other_fields()
+        upload = self._intake.placed(upload, fields)
+        content.next_file()
+        with self._store.receive(upload, start, end, is_in_order=True) as body:
+            for block in content.blocks():
+                body.write(block)
+            progress = body.commit(fields)
+        self._intake.concluded(request, progress, time.monotonic() - began)
+        return text_response(200, str(end))
+
+    def _delete(self, request: Request, content: Content) -> Response:
+        content.next_file()
+        text = b"".join(bytes(block) for block in content.blocks())
+        identifier = text[:200].decode("ascii", "replace")
+        key = self._upload(request, identifier).key
+        status = self._store.status(key)
+        if status and status.is_finished:
+            raise Forbidden("A finished file can't be removed here.")
+        self._intake.cancelled(request, key)
+        return _NO_CONTENT
+
+
+# ---- application ---------------------------------------------------------------------
+# Law: the whole product without a socket.  A request that may come in becomes a
+# response, and whatever happens on the way a status that this client obeys and one
+# sentence.
+
+_METHODS = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"
+_FIGURE_SECONDS = 10  # how old the count of open uploads may be
+_SWEEP_SECONDS = 300
+
+
 class UploadApp:
     """Takes uploads: ``handle(Request) -> Response``, or as a WSGI application.
 
     `on_complete(done)` is called when a file is in place, before the answer; when it
     raises, the log says so and the file stays.  `authorize(request)` returns a sentence
-    to refuse the request with, or nothing.  `owner(request)` returns whose upload it
-    is; no one else sees, continues or cancels it.  `place(incoming)` returns the path
-    below upload_dir for a file, the same each time it is asked for the same upload; it
-    is checked like a client's.  As a WSGI application it takes what is no other address
-    of ours for the upload address, unless `any_path` is off: a framework has chosen the
-    path already.  Starts no thread; raises SettingsError and Trouble.
+    to refuse the request with, or False; None and True let it in.  `owner(request)`
+    returns whose upload it is; no one else sees, continues or cancels it.
+    `place(incoming)` returns the path below upload_dir for a file, the same each time
+    it is asked for the same upload; it is checked like a client's.  As a WSGI
+    application it takes what is no other address of ours for the upload address, unless
+    `any_path` is off: a framework has chosen the path already.  Starts no thread, and
+    calls nothing yet; raises SettingsError and Trouble.
     """
 
     def __init__(
         self,
         settings: Settings | None = None,
         on_complete: Callable[[Done], object] | None = None,
-        authorize: Callable[[Request], str | None] | None = None,
+        authorize: Callable[[Request], str | bool | None] | None = None,
         owner: Callable[[Request], str] | None = None,
         place: Callable[[Incoming], str] | None = None,
         any_path: bool = True,
@@ -3961,26 +5065,31 @@ class UploadApp:
         self.settings = settings or Settings()
         self.log = logging.getLogger("flowserver")
         self._on_complete = on_complete
-        self._place = place
         self._any_path = any_path
         self._clock = clock
         self._dialects = dialects_with(self.settings.parameter_prefix)
         _require_apart(self.settings)
-        self._free_space = (0, -1e9)  # bytes, and when they were counted
         self.store = store or Store(
             self.settings.upload_dir,
             self.settings.temp_dir,
             self.settings.on_conflict,
             Disk(self.settings.sync),
             self._completed if on_complete else None,
-            self._check_room,
             lambda sentence: self.log.warning("%s", sentence),
+            max_uploads=self.settings.max_uploads,
+            min_free_space=self.settings.min_free_space,
         )
         folder = self.store.temp_dir
         self._access = Access(self.settings, self.log, folder, authorize, owner)
-        name = os.path.basename(folder)
-        self._avoided = unicodedata.normalize("NFC", name)  # as those of clients are
-        self.sweep()
+        self._intake = Intake(self.settings, self.store, self._access, self.log, place)
+        self._protocols = (
+            Tus(self._intake),
+            FilePond(self._intake),
+            Chunks(self._intake),
+        )
+        self.drain_size = self._intake.drain_size
+        self._swept = self._counted = -float("inf")
+        self.store.count()
 
     def sweep(self) -> None:
         """Finish what a crash left and remove what is stale; tidy() does it in time."""
@@ -4003,28 +5112,39 @@ class UploadApp:
 
     def handle(self, request: Request) -> Response:
         """Answer a request; the outermost door: nothing is raised."""
+        read = request.read
+        if isinstance(read, CountingReader):
+            with read.waiting(self.settings.timeout):
+                response = self._handle(request)
+                if read.ends:
+                    with contextlib.suppress(OSError):  # nobody is there to see it
+                        size = min(read.left, self.drain_size)
+                        drain(lambda most: len(read(most)), size)
+        else:
+            response = self._handle(request)
+        if self._clock() - self._counted > 2 * _FIGURE_SECONDS:  # nobody else does it
+            self.tidy()
+        return response
+
+    def _handle(self, request: Request) -> Response:
         started = self._clock()
         try:
             request = self._access.seen_through_proxies(request)
             response = self._answer(request)
         except FlowError as error:
-            response = self._refusal(error)
+            response = self._refusal(request, error)
         except Exception:  # a mistake of ours: nobody else may suffer from it
             self.log.exception("this is a bug of flowserver's, please report it")
-            response = self._refusal(Trouble("The server made a mistake."))
+            response = self._refusal(request, Trouble("The server made a mistake."))
         self._log_request(request, response, self._clock() - started)
-        read = request.read
-        if isinstance(read, CountingReader):
-            with contextlib.suppress(OSError):  # nobody is there to see the answer
-                drain(lambda size: len(read(size)), min(read.left, self.drain_size))
-        if self._clock() - self._counted > 2 * _FIGURE_SECONDS:  # nobody else does it
-            self.tidy()
         return response
 
     def _answer(self, request: Request) -> Response:
         self._access.check_host(request)
-        if request.path == self.settings.upload_path:
-            response = self._at_upload_path(request)
+        address = self.settings.upload_path
+        if request.path == address or request.path.startswith(address + "/"):
+            below = request.path[len(address) + 1 :]
+            response = self._at_upload_path(request, below)
             return self._access.with_cors(request, response)
         is_sample = request.path.startswith("/sample/") and self.settings.sample_dir
         is_here = is_sample or request.path in ("/", "/health")
@@ -4033,19 +5153,44 @@ class UploadApp:
         self._access.admit(request)
         if request.path == "/":
             content = Content(request, self._dialects)
-            content.read_query()
+            content.read_head()
             if content.dialect:  # a 200 would tell flow.js that the chunk is here
                 raise Missing(f"Chunks go to {self.settings.upload_path}.")
             return _page_response(self.settings)
         if request.path == "/health":
-            figures = {"free": self._free(), "uploads": self.store.open_uploads}
+            with explained():
+                free = self.store.disk.free_space(self.store.upload_dir)
+            figures = {"free": free, "uploads": self.store.open_uploads}
             return json_response(200, {"ok": True, "version": __version__, **figures})
         if is_sample:
             return _sample(self.settings.sample_dir, request.path[len("/sample/") :])
         raise Missing("There is nothing at this address.")
 
+    def _at_upload_path(self, request: Request, below: str) -> Response:
+        """Answer at upload_path; what is refused is refused in the client's dialect."""
+        if request.method == "OPTIONS":
+            return _preflight(request, self.settings)
+        content = Content(request, self._dialects)
+        protocol: Tus | FilePond | Chunks = self._protocols[-1]
+        try:
+            content.read_head()
+            protocol = next(p for p in self._protocols if p.speaks(request, content))
+            request = self._access.admit(request)
+            if request.method not in ("GET", "HEAD"):
+                self._access.check_origin(request)
+            response = protocol.respond(request, below, content)
+        except FlowError as error:
+            if isinstance(error, Forbidden) and content.is_unread_form:
+                with contextlib.suppress(FlowError):  # its fields say whose it is
+                    content.next_file()
+            content.find_dialect()
+            response = self._refusal(request, error, content.dialect, _METHODS)
+        response = response.with_headers(*protocol.headers)
+        return self._access.with_cookie(request, response)
+
     def _refusal(
         self,
+        request: Request,
         error: FlowError,
         dialect: Dialect | None = None,
         methods: str = "GET, HEAD",
@@ -4057,6 +5202,8 @@ class UploadApp:
         if error.is_final:
             values["preventRetry"] = True  # Fine Uploader
         response = json_response(status, values)
+        if request.is_navigation and request.method == "POST":
+            response = files_page(status, [{"name": "", "error": str(error)}])
         return response.with_headers(("Allow", methods)) if status == 405 else response
 
     def _log_request(
@@ -4074,204 +5221,55 @@ class UploadApp:
                 " " + response.body.decode() if response.status >= 400 else "",
             )
 
-    # The upload address
-
-    def _at_upload_path(self, request: Request) -> Response:
-        """Answer at upload_path; what is refused is refused in the client's dialect."""
-        if request.method == "OPTIONS":
-            return _preflight(request)
-        content = Content(request, self._dialects)
-        try:
-            content.read_query()
-            request = self._access.admit(request)
-            response = self._upload(request, content)
-        except FlowError as error:
-            content.find_dialect()
-            response = self._refusal(error, content.dialect, _METHODS)
-        return self._access.with_cookie(request, response)
-
-    def _upload(self, request: Request, content: Content) -> Response:
-        if request.method in ("GET", "HEAD"):
-            return self._test(request, content)
-        self._access.check_origin(request)
-        if request.method == "DELETE":
-            return self._delete(request, content)
-        if request.method not in _CHUNK_METHODS:
-            raise BadMethod("Chunks are sent with POST, PUT or PATCH.")
-        return self._store_chunk(request, content)
-
-    def _test(self, request: Request, content: Content) -> Response:
-        """Is this chunk, or what of this upload, here?  Changes nothing."""
-        if content.dialect is None:
-            return _NO_CONTENT
-        chunk = content.chunk()
-        upload = self._upload_of(request, chunk)
-        if chunk.length < 0:
-            return self._status(upload)
-        if not self.store.has(upload, chunk.start, chunk.start + chunk.length):
-            return _NO_CONTENT
-        return _success("partial", size=upload.size)
-
-    def _status(self, upload: Upload) -> Response:
-        ranges, done = self.store.status(upload)
-        if done:
-            return _complete(done, ranges=ranges)
-        status = "partial" if ranges else "unknown"
-        return _success(status, size=upload.size, ranges=ranges)
-
-    def _delete(self, request: Request, content: Content) -> Response:
-        if content.dialect is None:
-            raise Malformed("The upload to cancel is not named.")
-        upload = self._upload_of(request, content.chunk())
-        if self.store.forget(upload):
-            self.log.info("%s cancelled %s", request.client, quoted(upload.path))
-        return _NO_CONTENT
-
-    def _store_chunk(self, request: Request, content: Content) -> Response:
-        started = self._clock()
-        self._check_body_size(request)
-        content.next_file()
-        chunk = content.chunk()
-        self._check_chunk_size(chunk)
-        if not content.is_form:
-            _require_length("body", request.length, chunk.length)
-        elif not 0 <= request.length - chunk.length <= _FORM_ALLOWANCE:
-            _require_length("body", request.length, chunk.length)
-        upload = self._placed(self._upload_of(request, chunk), content)
-        end, received = chunk.start + chunk.length, 0
-        with self.store.receive(upload, chunk.start, end) as body:
-            for block in content.blocks(chunk.length):
-                received += len(block)
-                if received <= chunk.length:
-                    body.write(block)
-            content.end()
-            _require_length("chunk", received, chunk.length)
-            progress = body.commit(content.other_fields() if self._on_complete else {})
-        if progress.done is None:
-            return _success("partial", received=progress.received, size=progress.size)
-        if progress.is_new:
-            seconds = time.time() - progress.began if progress.began else 0.0
-            self._log_done(request, progress.done, seconds or self._clock() - started)
-        return _complete(progress.done)
-
-    def _log_done(self, request: Request, done: Done, seconds: float) -> None:
-        rate = done.size / max(seconds, 1e-3) / (1 << 20)
-        self.log.info(
-            "%s finished %s, %d bytes in %.3f s, %.1f MiB/s",
-            request.client or "-",
-            quoted(done.relative_path),
-            done.size,
-            seconds,
-            rate,
-        )
-
     def _completed(self, done: Done) -> None:
         """Call on_complete; a mistake in it does not undo the file."""
         assert self._on_complete is not None
         try:
             self._on_complete(done)
-        except Exception:  # whatever a stranger's function may raise
+        except (Exception, SystemExit):  # whatever a stranger's function may raise
             name = quoted(done.relative_path)
             self.log.exception("on_complete failed for %s; the file stays", name)
 
-    def _upload_of(self, request: Request, chunk: Chunk) -> Upload:
-        """Return the upload that a chunk belongs to: that of its one sender."""
-        owner, sender = self._access.owner(request), ""
-        if not owner and not chunk.is_secret:
-            sender = self._access.sender(request)
-        names = (chunk.identifier, chunk.relative_path)
-        path = safe_path(chunk.relative_path, self._avoided)
-        key = upload_key(owner, sender, *names, chunk.size)
-        return Upload(key, path, chunk.size, owner, chunk.identifier, chunk.is_secret)
-
-    def _placed(self, upload: Upload, content: Content) -> Upload:
-        """Return the upload with the path that place() wants for it."""
-        if self._place is None:
-            return upload
-        name = upload.path.rpartition("/")[2]
-        who = (upload.owner, upload.identifier)
-        fields = content.other_fields()
-        incoming = Incoming(*who, name, upload.path, upload.size, fields)
-        path = ask_program(self.log, "place", self._place, incoming)
-        return upload._replace(path=safe_path(path, self._avoided))
-
-    # Limits
-
-    @property
-    def drain_size(self) -> int:
-        """How much of a refused body is read on at most, in bytes."""
-        return (self.settings.max_chunk_size or _DRAIN_SIZE) + _FORM_ALLOWANCE
-
-    def _check_body_size(self, request: Request) -> None:
-        """Refuse by the head alone what is too long, before a byte has travelled."""
-        limit = self.settings.max_chunk_size
-        if request.length < 0:
-            raise Malformed("The request must say how long its body is.")
-        if limit and request.length > limit + _FORM_ALLOWANCE:
-            raise TooLarge(
-                f"The chunk has about {request.length} bytes; this server takes at most"
-                f" {limit} at a time (max_chunk_size)."
-            )
-
-    def _check_chunk_size(self, chunk: Chunk) -> None:
-        if chunk.length < 0:
-            raise Malformed("The number of the chunk is missing.")
-        limits = (
-            ("chunk", chunk.length, self.settings.max_chunk_size, "max_chunk_size"),
-            ("file", chunk.size, self.settings.max_file_size, "max_file_size"),
-        )
-        for what, size, limit, name in limits:
-            if limit and size > limit:
-                raise TooLarge(
-                    f"The {what} has {size} bytes; this server takes at most {limit}"
-                    f" ({name})."
-                )
-
-    def _check_room(self, upload: Upload) -> None:
-        """Refuse a new upload that the disk or the limits have no room for."""
-        most, floor = self.settings.max_uploads, self.settings.min_free_space
-        if most and self.store.open_uploads >= most:
-            raise TooLarge(
-                f"The server has {most} unfinished uploads already (max_uploads)."
-            )
-        if floor and self._free() - upload.size < floor:
-            raise TooLarge(
-                f"The disk has no room for {upload.size} bytes at the moment."
-            )
-
-    def _free(self) -> int:
-        """Return the free bytes of the disk, from a figure that is at most 10 s old."""
-        free, counted = self._free_space
-        if self._clock() - counted > _FIGURE_SECONDS:
-            with explained():
-                free = self.store.disk.free_space(self.store.upload_dir)
-            self._free_space = (free, self._clock())
-        return free
-
     # WSGI
+
+    def answer(self, environ: dict[str, Any]) -> Response:
+        """Answer the upload address, whatever path a WSGI environment has.
+
+        For views of Django and the like, which have chosen the path.
+        """
+        return self.handle(self._at_our_address(wsgi_request(environ)))
+
+    def _at_our_address(self, request: Request) -> Request:
+        address = self.settings.upload_path
+        if request.path.startswith(address + "/"):
+            return request
+        last = request.path.rpartition("/")[2]
+        below = request.path if request.mount else "/" + last
+        is_id = bool(re.fullmatch("[0-9a-f]{32}", last))
+        is_below = is_id or (request.mount and request.method != "POST" and last)
+        return request._replace(path=address + (below if is_below else ""))
 
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
         """Answer as a WSGI application (PEP 3333), mounted anywhere."""
-        request, mount = wsgi_request(environ), environ.get("SCRIPT_NAME", "")
-        is_bare = mount and not environ.get("PATH_INFO") and not request.query
+        request = wsgi_request(environ)
+        is_bare = request.mount and not environ.get("PATH_INFO") and not request.query
         if is_bare and request.method in (
             "GET",
             "HEAD",
         ):  # the page's links are relative
-            place = urllib.parse.quote(mount + "/", encoding="latin-1")
+            place = urllib.parse.quote(request.mount + "/", encoding="latin-1")
             kind = ("Content-Type", "text/plain")
             response = Response(308, (("Location", place), kind), b"")
         else:
             if self._any_path and not _is_other_address(request):
-                request = request._replace(path=self.settings.upload_path)
+                request = self._at_our_address(request)
             response = self.handle(request)
         headers = list(response.headers)
         if response.status != 204:
             headers.append(("Content-Length", str(len(response.body))))
-        phrase = http.client.responses[response.status]
-        start_response(f"{response.status} {phrase}", headers)
+        start_response(f"{response.status} {phrase_of(response.status)}", headers)
         return [b"" if request.method == "HEAD" else response.body]
 
 
@@ -4282,7 +5280,7 @@ def _is_other_address(request: Request) -> bool:
     return request.path == "/health" or request.path.startswith("/sample/")
 
 
-def _preflight(request: Request) -> Response:
+def _preflight(request: Request, settings: Settings) -> Response:
     """Answer what a browser asks before a page of another origin may upload."""
     asked = request.headers.get("access-control-request-headers", "")
     response = Response(
@@ -4296,25 +5294,10 @@ def _preflight(request: Request) -> Response:
     )
     if re.fullmatch(r"[0-9A-Za-z, _-]+", asked):
         response = response.with_headers(("Access-Control-Allow-Headers", asked))
-    return response
+    return response.with_headers(*tus_options(settings))
 
 
 # The page and the samples
-
-_PAGE_HEADERS = (
-    ("Cache-Control", "no-cache"),
-    ("X-Content-Type-Options", "nosniff"),
-    ("Referrer-Policy", "no-referrer"),
-    ("X-Frame-Options", "DENY"),
-)
-
-
-def _html_response(body: str, policy: str) -> Response:
-    headers = (
-        ("Content-Type", "text/html; charset=utf-8"),
-        ("Content-Security-Policy", policy),
-    )
-    return Response(200, headers + _PAGE_HEADERS, body.encode())
 
 
 def _page_response(settings: Settings) -> Response:
@@ -4329,10 +5312,10 @@ def _page_response(settings: Settings) -> Response:
     }
     policy = (
         f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}';"
-        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'self';"
         " frame-ancestors 'none'"
     )
-    return _html_response(page(values, nonce), policy)
+    return html_response(200, page(values, nonce), policy)
 
 
 _SAMPLE_WORD = re.compile(r"[0-9A-Za-z@_-][0-9A-Za-z@._-]*")
@@ -4379,7 +5362,7 @@ def _sample_list(folder: str) -> Response:
         raise Missing("There is no folder of samples.") from None
     links = (f'<li><a href="{n}">{n}</a>' for n in names if n.endswith(".html"))
     body = f"<!doctype html><title>Samples</title><ul>{''.join(links)}</ul>"
-    return _html_response(body, "default-src 'none'")
+    return html_response(200, body, "default-src 'none'")
 
 
 def _require_apart(settings: Settings) -> None:
@@ -4762,7 +5745,7 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
 
 
 def _response_bytes(method: str, response: Response, keeps: bool) -> bytes:
-    lines = [f"HTTP/1.1 {response.status} {http.client.responses[response.status]}"]
+    lines = [f"HTTP/1.1 {response.status} {phrase_of(response.status)}"]
     lines += [f"{name}: {value}" for name, value in response.headers]
     if response.status != 204:
         lines.append(f"Content-Length: {len(response.body)}")
