@@ -5715,6 +5715,7 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
         return Request(
             method=head.method,
             path=urllib.parse.unquote(path, errors="replace"),
+            base=path.rpartition("/")[2],
             query=query,
             headers=head.headers,
             length=head.length,
