@@ -3073,7 +3073,8 @@ def _followed(path: str) -> str:
 def page(settings: Mapping[str, object], nonce: str) -> str:
     """Return the upload page with its settings, for a policy with this nonce."""
     text = json.dumps(settings).replace("<", "\\u003c")
-    return PAGE.replace("__NONCE__", nonce).replace("__SETTINGS__", text)
+    words = PAGE.replace("__NONCE__", nonce).replace("__SETTINGS__", text)
+    return words.replace("__PATH__", html.escape(str(settings["uploadPath"])))
 
 
 PAGE = r"""<!DOCTYPE html>
@@ -3138,11 +3139,15 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
 </style></head>
 <body><main>
   <h1>Upload files</h1>
-  <noscript><p>This page needs JavaScript.</p></noscript>
+  <noscript><style nonce="__NONCE__">#drop { display: none; }</style>
+    <section><form method="post" enctype="multipart/form-data" action="__PATH__">
+      <input type="file" name="file" multiple required> <button>Upload</button>
+    </form></section></noscript>
   <section id="drop" aria-label="Add files">
     <svg viewBox="0 0 16 16"><path d="M8 10.5V2M4.5 5.5L8 2l3.5 3.5M2 10v3.5h12V10"/></svg>
     <p>Drop files or folders anywhere</p>
     <p id="limit" class="soft"></p>
+    <p class="soft">What broke off goes on when its file is chosen again.</p>
     <div class="buttons">
       <button id="choose-files" class="primary">Choose files</button>
       <button id="choose-folder">Choose a folder</button>
@@ -3609,6 +3614,11 @@ class Request(NamedTuple):
     user: str = ""  # who is logged in
     mount: str = ""  # where a WSGI application is mounted
     base: str = ""  # the last word of the address, for what is below it
+
+    @property
+    def who(self) -> str:
+        """Address and name of whoever asks, for the log."""
+        return escaped(" ".join(filter(None, (self.client or "-", self.user))))
 
     @property
     def is_navigation(self) -> bool:
@@ -4270,6 +4280,7 @@ class Access:
         self._senders = _Senders(folder)
         self._allowed_hosts = frozenset(map(_host_name, settings.allow_hosts))
         self._has_warned_of_proxy = False
+        self._told: set[str] = set()  # origins that the log knows
 
     # Where it comes from
 
@@ -4332,10 +4343,14 @@ class Access:
         is_ours = all(name.startswith(_COOKIE) for name, _ in _cookies(request))
         has_credentials = "authorization" in request.headers or not is_ours
         if has_credentials or "*" not in named:
-            raise Foreign(
+            sentence = (
                 f"Pages of {quoted(origin)} may not upload here; the setting"
                 " allow_origins names those that may."
             )
+            if origin not in self._told and len(self._told) < 100:
+                self._told.add(origin)  # its browser sees a preflight without headers
+                self.log.warning("%s", sentence)
+            raise Foreign(sentence)
 
     # Who it is
 
@@ -4479,7 +4494,7 @@ class Intake:
         rate = done.size / max(seconds, 1e-3) / (1 << 20)
         self.log.info(
             "%s finished %s, %d bytes in %.3f s, %.1f MiB/s",
-            escaped(request.user or request.client or "-"),
+            request.who,
             quoted(done.relative_path),
             done.size,
             seconds,
@@ -4490,8 +4505,7 @@ class Intake:
         """Forget an unfinished upload; return whether there was one."""
         is_gone = self.store.forget(key)
         if is_gone:
-            who = escaped(request.user or request.client or "-")
-            self.log.info("%s cancelled the upload %s", who, key)
+            self.log.info("%s cancelled the upload %s", request.who, key)
         return is_gone
 
 
@@ -5169,6 +5183,8 @@ class UploadApp:
     def _at_upload_path(self, request: Request, below: str) -> Response:
         """Answer at upload_path; what is refused is refused in the client's dialect."""
         if request.method == "OPTIONS":
+            with contextlib.suppress(Foreign):  # its browser refuses it; the log knows
+                self._access.check_origin(request)
             return _preflight(request, self.settings)
         content = Content(request, self._dialects)
         protocol: Tus | FilePond | Chunks = self._protocols[-1]
@@ -5357,7 +5373,7 @@ def _sample(sample_dir: str, path: str) -> Response:
 
 def _sample_list(folder: str) -> Response:
     try:
-        names = map(html.escape, sorted(os.listdir(folder)))
+        names = filter(_SAMPLE_WORD.fullmatch, sorted(os.listdir(folder)))
     except OSError:
         raise Missing("There is no folder of samples.") from None
     links = (f'<li><a href="{n}">{n}</a>' for n in names if n.endswith(".html"))
@@ -5418,7 +5434,7 @@ def find_config(named: str | None) -> str:
 # refused and the connection closed; a body that was not read is never taken for the
 # next request; every wait has an end.
 
-_SMALL_BODY_SIZE = 64 * 1024
+_FIRST_SIZE = 16 * 1024  # bytes of a body that come before it gets a large buffer
 _MAX_LARGE_BUFFERS = 4  # more fit no processor's cache: 64 bodies got 0.8 of the rate
 _HEAD_BLOCK_SIZE = 8 * 1024  # what follows a head is copied
 _MAX_HEAD_SIZE = 64 * 1024  # flow.js writes names and paths into the address, encoded
@@ -5512,6 +5528,7 @@ class _Wire:
         self.timeout = server.timeout_seconds
         self.remaining = 0  # bytes of the body that were not read yet
         self._buffer: bytearray | None = None
+        self._has_begun = False  # its body was asked for
         self._wants_100 = False
         self._body_began = 0.0
         self._body_size = 0
@@ -5559,6 +5576,7 @@ class _Wire:
     def begin_body(self, head: Head) -> None:
         """The next bytes are the body of this request."""
         self.remaining = self._body_size = head.length
+        self._has_begun = False
         expected = head.headers.get("expect", "").lower()
         self._wants_100 = expected == "100-continue" and head.minor == 1
         self._body_began = time.monotonic()
@@ -5568,28 +5586,43 @@ class _Wire:
         """Return a buffer with the next bytes of the body and how many they are.
 
         It is full, or the body is whole, unless what is there is wanted `at_once`.
+        A large buffer is taken when more has come than fits into a small one, so that
+        clients that send next to nothing hold next to nothing.
         """
         if self._wants_100:  # judged by its head and not refused: let it come
             self._wants_100 = False
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        buffer, size = self._buffer, 0
+        if not self._has_begun:
+            self._has_begun = True
+            buffer = bytearray(min(self.remaining, _FIRST_SIZE))
+            size = self._receive(buffer, 0, at_once)
+            if at_once or size < len(buffer) or not self.remaining:
+                return buffer, size
         if self._buffer is None:
-            self._buffer = self.server.take_buffer(self.remaining)
-        wanted = min(self.remaining, len(self._buffer))
-        size = min(wanted, len(self.pending))
-        self._buffer[:size] = self.pending[:size]
-        self.pending = self.pending[size:]
-        self.remaining -= size
-        with memoryview(self._buffer) as view:
+            self._buffer = self.server.take_buffer()
+            self._buffer[:size] = buffer[:size] if buffer else b""
+        return self._buffer, self._receive(self._buffer, size, at_once)
+
+    def _receive(self, buffer: bytearray, size: int, at_once: bool) -> int:
+        """Add bytes of the body to the `size` that are there; return how many then."""
+        wanted = min(size + self.remaining, len(buffer))
+        taken = min(wanted - size, len(self.pending))
+        buffer[size : size + taken] = self.pending[:taken]
+        self.pending = self.pending[taken:]
+        self.remaining -= taken
+        size += taken
+        with memoryview(buffer) as view:
             while size < wanted and not (at_once and size):
-                flag = 0 if at_once else self._wait_flag
-                received = self._receive(view[size:wanted], flag)
+                received = self._receive_into(view[size:wanted], at_once)
                 if not received:
                     break
                 size += received
-        return self._buffer, size
+        return size
 
-    def _receive(self, view: memoryview, flag: int) -> int:
+    def _receive_into(self, view: memoryview, at_once: bool) -> int:
         try:
+            flag = 0 if at_once else self._wait_flag
             received = self.connection.recv_into(view, len(view), flag)
         except (socket.timeout, BlockingIOError) as error:
             raise Truncated("The body came too slowly.") from error
@@ -5597,10 +5630,27 @@ class _Wire:
             raise Truncated("The connection broke.") from error
         self.remaining -= received
         elapsed = time.monotonic() - self._body_began
-        if elapsed > self.timeout:
-            if self._body_size - self.remaining < elapsed * _MIN_BODY_RATE:
-                raise Truncated("The body came too slowly.")
+        if elapsed > self.timeout and self.rate() < _MIN_BODY_RATE:
+            raise Truncated("The body came too slowly.")
         return received
+
+    def rate(self) -> float:
+        """Return how fast a body comes, in bytes/s; infinite while nobody knows."""
+        elapsed = time.monotonic() - self._body_began
+        if not self.remaining or elapsed < _LINGER_SECONDS:
+            return math.inf
+        return (self._body_size - self.remaining) / elapsed
+
+    def send(self, data: bytes) -> None:
+        """Send an answer; a reader may take its time, and no longer than a body may."""
+        view, seconds = memoryview(data), self.timeout
+        end = time.monotonic() + seconds + len(data) / _MIN_BODY_RATE
+        while view:
+            if seconds <= 0:
+                raise socket.timeout("The answer was taken too slowly.")
+            self.limit_waits(min(seconds, self.timeout))
+            view = view[self.connection.send(view) :]
+            seconds = end - time.monotonic()
 
     def end_body(self) -> None:
         """Give the buffer back for the next body of whatever connection."""
@@ -5670,7 +5720,7 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
             except OSError:
                 self.connection.close()
                 raise
-        self.wire = _Wire(self.connection, self.server)
+        self.wire = self.server.wire_of(self.raw, self.connection)
         address = self.client_address[0]
         self.client = str(_parse_address(address) or address)
 
@@ -5738,8 +5788,7 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
         options = head.headers.get("connection", "").lower()
         keeps = head.minor == 1 and "close" not in options
         keeps = keeps and not self.wire.remaining and not self.server.is_stopping
-        self.wire.limit_waits(self.wire.timeout)
-        self.connection.sendall(_response_bytes(head.method, response, keeps))
+        self.wire.send(_response_bytes(head.method, response, keeps))
         if self.wire.remaining:
             self.wire.drain(self.server.app.drain_size)
         return keeps
@@ -5815,7 +5864,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
         self.timeout_seconds = float(settings.timeout) or _NO_TIMEOUT_SECONDS
         self.tls = _tls_context(settings)
         self.is_loopback = False
-        self._connections: set[socket.socket] = set()
+        self._connections: dict[socket.socket, _Wire | None] = {}
         # Accepted sockets without a whole head, the longest waiting one first, and what
         # they became (TLS wraps them).
         self._waiting: dict[socket.socket, socket.socket] = {}
@@ -5893,7 +5942,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
             return super().get_request()
         except OSError:
             with self._lock:
-                self._shut_idlest()
+                self._make_room()
             time.sleep(0.05)
             raise
 
@@ -5901,20 +5950,28 @@ class FlowServer(http.server.ThreadingHTTPServer):
         """Serve a new connection in a thread; at the limit the idlest gives way."""
         with self._lock:
             is_full = len(self._connections) >= self.max_connections
-            has_room = not is_full or self._shut_idlest()
+            has_room = not is_full or self._make_room()
             if has_room:
-                self._connections.add(request)
+                self._connections[request] = None
                 self._waiting[request] = request
         if has_room:
             super().process_request(request, client_address)
         else:
             self._turn_away(request)
 
-    def _shut_idlest(self) -> bool:
-        """Close what has waited longest; under the lock.  False when all are busy."""
-        if not self._waiting:
+    def _make_room(self) -> bool:
+        """Close what has waited longest for a request, else the slowest body.
+
+        Under the lock.  Returns False when all are busy, at 16 KiB/s or more.
+        """
+        if self._waiting:
+            _shut(self._waiting.pop(next(iter(self._waiting))))
+            return True
+        wires = [wire for wire in self._connections.values() if wire]
+        slowest = min(wires, key=_Wire.rate, default=None)
+        if slowest is None or slowest.rate() >= _MIN_DRAIN_RATE:
             return False
-        _shut(self._waiting.pop(next(iter(self._waiting))))
+        _shut(slowest.connection)
         return True
 
     def _turn_away(self, request: socket.socket) -> None:
@@ -5928,7 +5985,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
     def shutdown_request(self, request: Any) -> None:
         """Forget a connection that has ended."""
         with self._lock:
-            self._connections.discard(request)
+            self._connections.pop(request, None)
             self._waiting.pop(request, None)
         with contextlib.suppress(OSError):
             request.close()
@@ -5941,6 +5998,13 @@ class FlowServer(http.server.ThreadingHTTPServer):
         else:
             self.app.log.exception("a connection ended with a bug of flowserver's")
 
+    def wire_of(self, raw: socket.socket, connection: socket.socket) -> _Wire:
+        """Return the bytes of an accepted connection; a slow one may be closed."""
+        wire = _Wire(connection, self)
+        with self._lock:
+            self._connections[raw] = wire
+        return wire
+
     @contextlib.contextmanager
     def idle(self, raw: socket.socket, connection: socket.socket) -> Iterator[None]:
         """Count an accepted socket as idle while it has no whole head."""
@@ -5952,10 +6016,8 @@ class FlowServer(http.server.ThreadingHTTPServer):
             with self._lock:
                 self._waiting.pop(raw, None)
 
-    def take_buffer(self, size: int) -> bytearray:
-        """Return a buffer for a body of `size` bytes; give_buffer() takes it back."""
-        if size <= _SMALL_BODY_SIZE:
-            return bytearray(size)
+    def take_buffer(self) -> bytearray:
+        """Return a large buffer for a body; give_buffer() takes it back."""
         with self._lock:
             if self._buffers:
                 return self._buffers.pop()
@@ -5968,7 +6030,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
         with self._lock:
             if len(buffer) == BLOCK_SIZE:
                 self._buffers.append(buffer)
-            elif len(buffer) > _SMALL_BODY_SIZE:
+            else:
                 self._large_buffers -= 1
 
 
@@ -6099,6 +6161,10 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 
 class _LineFormatter(logging.Formatter):
     """Makes the line of a record once, for all handlers."""
+
+    def formatException(self, ei: Any) -> str:
+        """Indent a traceback: its text may be a client's, and look like a line."""
+        return "  " + super().formatException(ei).replace("\n", "\n  ")
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line of a record."""

@@ -4549,6 +4549,15 @@ class OriginTest(unittest.TestCase):
                     self.assertNotIn("access-control-allow-origin", answer.headers)
             self.assertEqual(finished_files(app), {})
 
+    def test_foreign_origin_is_logged_once(self) -> None:
+        """All that its page shows is a failed preflight."""
+        asked = {"Origin": "http://a.example", "Access-Control-Request-Method": "POST"}
+        with application() as app, self.assertLogs("flowserver", "WARNING") as logs:
+            for _ in "12":
+                send(app, "OPTIONS", "/upload", headers=asked)
+                self.post(app, Origin="http://a.example")
+        self.assertEqual(str(logs.output).count("http://a.example"), 1)
+
     def test_foreign_pages_may_not_cancel(self) -> None:
         with application() as app:
             send(app, *browser("a", noise(25), 1, 10))
@@ -4876,6 +4885,19 @@ class LogTest(unittest.TestCase):
             send(app, "X\nY", "/upload")
         for record in logs.records:
             self.assertTrue(record.getMessage().isprintable(), record.getMessage())
+
+    def test_logged_in_user_stands_beside_the_address(self) -> None:
+        request = Request("GET", "/", client="10.0.0.1", user="ann")
+        self.assertEqual(request.who, "10.0.0.1 ann")
+
+    def test_text_of_an_exception_forges_no_line(self) -> None:
+        formatter = flowserver._LineFormatter("%(message)s")
+        try:
+            raise ValueError("a\n2026-01-01 INFO forged")
+        except ValueError:
+            record = logging.LogRecord("", 0, "", 0, "failed", (), sys.exc_info())
+        lines = formatter.format(record).splitlines()
+        self.assertEqual([line for line in lines if line[:2].strip()], ["failed"])
 
     def test_identifiers_and_passwords_are_not_logged(self) -> None:
         with application() as app, self.assertLogs("flowserver", "DEBUG") as logs:
@@ -5549,14 +5571,52 @@ class StopTest(unittest.TestCase):
         with one, other, mock.patch.object(sys, "maxsize", 2**31 - 1):
             self.assertFalse(flowserver._limit_by_kernel(one, 1.0))
 
-    def test_small_body_takes_a_small_buffer(self) -> None:
-        """Fifty of them would else keep a dozen MiB for good."""
+    def test_large_buffers_are_few_and_have_an_end(self) -> None:
         with application(port=0) as app, closing_server(app) as server:
-            self.assertEqual(len(server.take_buffer(100)), 100)
-            taken = [server.take_buffer(1 << 30) for _ in range(50)]
+            taken = [server.take_buffer() for _ in range(50)]
             self.assertEqual(max(map(len, taken)), 1024 * KIB)
-            self.assertLessEqual(sum(map(len, taken[:40])), 32 * 1024 * KIB)
-            self.assertEqual(len(taken[40]), 256 * KIB)
+            self.assertLessEqual(sum(map(len, taken[:32])), 32 * 1024 * KIB)
+            self.assertEqual(len(taken[32]), 256 * KIB)
+
+    def test_client_that_sends_next_to_nothing_holds_next_to_nothing(self) -> None:
+        """A thousand of them held 256 MiB."""
+        with serving() as server, contextlib.ExitStack() as stack:
+            message = browser("a", bytes(MIB), mode="octet")
+            clients = [stack.enter_context(RawClient(server)) for _ in range(20)]
+            for client in clients:
+                client.send(head_of(message), b"x")
+            until(lambda: under_way(server) == 20)
+            self.assertEqual(server._large_buffers, 0)
+
+    def test_slowest_body_gives_way_when_all_connections_are_taken(self) -> None:
+        """A thousand clients of one byte each shut all others out for a minute."""
+        message = browser("a", bytes(MIB), mode="octet")
+        with serving(max_connections=2) as server, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(RawClient(server)) for _ in range(2)]
+            for client, size in zip(clients, (40 * KIB, 1)):
+                client.send(head_of(message), message.body[:size])
+            until(lambda: under_way(server) == 2)
+            with mock.patch.object(flowserver, "_LINGER_SECONDS", 0):
+                until(lambda: min(w.rate() for w in server._connections.values()) < 9)
+                with mock.patch.object(flowserver, "_MIN_DRAIN_RATE", 10):
+                    self.assertEqual(send(server, "GET", "/health").status, 200)
+            self.assertTrue(clients[1].is_closed())
+            last = clients[0].send(message.body[40 * KIB :]).answer()
+            self.assertEqual(last and last.status, 200)
+
+    def test_answer_has_an_end(self) -> None:
+        """A reader that took 60 bytes a second held a thread for good."""
+        rate = mock.patch.object(flowserver, "_MIN_BODY_RATE", 1e9)
+        page = mock.patch.object(flowserver, "page", return_value="x" * (32 * MIB))
+        with rate, page, serving(timeout="1s") as server:
+            with RawClient(server) as client:
+                client.send("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                client.socket.recv(1)
+                until(lambda: self.dribbles(client, server))
+
+    def dribbles(self, client: RawClient, server: FlowServer) -> bool:
+        client.socket.recv(64 * KIB)
+        return not server._connections
 
     def test_server_that_was_never_started_can_be_stopped(self) -> None:
         with application(port=0) as app:
@@ -5595,12 +5655,9 @@ class RaceOfAttemptsTest(unittest.TestCase):
             original(body, block)
             written.append(len(block))
 
-        def small(server: Any, size: int) -> bytearray:
-            return bytearray(100)
-
         original = flowserver.Body.write
         with mock.patch.object(flowserver.Body, "write", write):
-            with mock.patch.object(FlowServer, "take_buffer", small):
+            with mock.patch.multiple(flowserver, _FIRST_SIZE=100, BLOCK_SIZE=100):
                 client.send(head_of(message), message.body[:-500])
                 until(lambda: sum(written) > 0)
 
