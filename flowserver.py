@@ -2462,10 +2462,14 @@ class Whole:
             with uploads.entered(upload.key, create=True, flushes=True) as ledger:
                 assert ledger is not None and not ledger.state.generation
                 uploads.begin(ledger, upload, is_whole=True)
-                self._part.close()
-                uploads.disk.rename(self._part.path, ledger.data_path)
-                ledger.append(("range", 0, upload.size))
                 state = ledger.state
+                try:
+                    self._part.close()
+                    uploads.disk.rename(self._part.path, ledger.data_path)
+                    ledger.append(("range", 0, upload.size))
+                except OSError:
+                    uploads.drop(ledger)
+                    raise
             return uploads.conclude(state, False, fields or {})
 
     def close(self) -> None:
@@ -2760,17 +2764,19 @@ class Body:
         if self._generation and not self._published and not self._is_recorded:
             with contextlib.suppress(FlowError, OSError):
                 with self._uploads.entered(self.upload.key) as ledger:
-                    self._give_back(self._require_current(ledger))
+                    self._give_back(ledger)
         if self._data:
             self._data.close()
         self._give_room(self._reserved)
         self._uploads.expected.end(self)
 
-    def _give_back(self, ledger: _Ledger) -> None:
+    def _give_back(self, ledger: _Ledger | None) -> None:
         """End a claim; an upload that nobody has stored anything of is dropped."""
-        if self._missing:
-            ledger.append(("claim", self.name, 0, 0))
+        if ledger is None or ledger.state.generation != self._generation:
+            return
         state = ledger.state
+        if self.name in state.claims:
+            ledger.append(("claim", self.name, 0, 0))
         is_empty = not (state.ranges.total or state.claims or state.begun.is_kept)
         if is_empty and not state.finished:
             self._uploads.drop(ledger)
@@ -2979,7 +2985,10 @@ class Store:
                 if state.finished:
                     is_over = is_free and is_told and age > keep_receipts
                 else:
-                    is_over = is_lost or is_free and age > stale_after
+                    is_begun = state.ranges.total or state.begun.is_kept
+                    seconds = min(stale_after, _LEFTOVER_SECONDS)
+                    is_stale = age > (stale_after if is_begun else seconds)
+                    is_over = is_lost or is_free and is_stale
                 if is_over:
                     uploads.drop(ledger)
                     return _State()
