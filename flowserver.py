@@ -3163,7 +3163,7 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
     <svg viewBox="0 0 16 16"><path d="M8 10.5V2M4.5 5.5L8 2l3.5 3.5M2 10v3.5h12V10"/></svg>
     <p>Drop files or folders anywhere</p>
     <p id="limit" class="soft"></p>
-    <p class="soft">What broke off goes on when its file is chosen again.</p>
+    <p class="soft">An interrupted upload goes on when you choose the file again.</p>
     <div class="buttons">
       <button id="choose-files" class="primary">Choose files</button>
       <button id="choose-folder">Choose a folder</button>
