@@ -2431,10 +2431,14 @@ class Whole:
     def __init__(self, uploads: _Uploads, at_most: int) -> None:
         self.size = 0  # bytes so far
         self._uploads = uploads
-        self._reserved = 0
-        uploads.room.take(at_most, at_most)
-        self._reserved = at_most
         self._part = _Part(uploads.disk, uploads.folder)
+        self._reserved = 0
+        try:
+            uploads.room.take(at_most, at_most)
+            self._reserved = at_most
+        except FlowError:
+            self.close()
+            raise
 
     def __enter__(self) -> Whole:
         return self
@@ -2891,6 +2895,8 @@ class Store:
             if not ledger.state.generation:
                 uploads.room.take(0, upload.size)
                 uploads.begin(ledger, upload, is_whole=False, is_kept=True)
+                data = self.disk.open(ledger.data_path, os.O_RDWR | os.O_CREAT)
+                self.disk.close(data)  # there, to be counted
             return Progress(ledger.state.ranges.total, upload.size)
 
     def has(self, upload: Upload, start: int, end: int) -> bool:
