@@ -215,6 +215,11 @@ class SettingsError(FlowError):
     """A setting that can't be understood; the sentence names where it stands."""
 
 
+def reason_of(error: BaseException | None) -> str:
+    """Return in one line what is wrong: of the system's errors their words alone."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
     """Turn an error of the operating system into a sentence for people."""
@@ -503,8 +508,7 @@ def _read_config(path: str) -> dict[str, object]:
             # An indented line is a line of its own, not more of the value before it.
             parser.read_file((line.lstrip() for line in file), path)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise SettingsError(f"{path} can't be read: {reason}.") from error
+        raise SettingsError(f"{path} can't be read: {reason_of(error)}.") from error
     sections = {setting.section for setting in settings_table().values()}
     values: dict[str, object] = {}
     for section in parser.sections():
@@ -3254,6 +3258,7 @@ class Request(NamedTuple):
     is_proxied: bool = False  # came through a trusted proxy, whose word is believed
     fill: Callable[[bool], tuple[bytes | bytearray, int]] | None = None
     user: str = ""  # who is logged in
+    has_gone: Callable[[], bool] = bool  # whether the client is seen to have hung up
 
 
 class Response(NamedTuple):
@@ -3532,6 +3537,10 @@ class Content:
 # never asked.
 
 _HASH_ROUNDS = 200_000  # about a tenth of a second, and one is computed at a time
+_USER_LINE = re.compile(  # with rounds for five seconds at most
+    r"([^#:][^:]*):(pbkdf2_sha256\$[1-9][0-9]{0,6}\$[^$]+\$[0-9a-f]{64})"
+)
+_PATIENT_SECONDS = 1.0  # so long nobody gives up who waits for a login
 
 
 def hash_password(password: str, salt: str = "", rounds: int = _HASH_ROUNDS) -> str:
@@ -3548,7 +3557,10 @@ class Users:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
+        # One hash at a time: guessing must not take every core.  Of those who wait for
+        # it each household is one, so that its guesses hold up nobody else.
         self._hashing = threading.Lock()
+        self._doors = [threading.Lock() for _ in range(256)]
         self._stamp: tuple[int, ...] = ()
         self._hashes: dict[str, str] = {}
         self._verified: dict[bytes, str] = {}
@@ -3557,8 +3569,8 @@ class Users:
         try:
             self._load()
         except Trouble as error:
-            cause = error.__cause__
-            raise SettingsError(f"users_file can't be read: {cause}.") from cause
+            cause, reason = error.__cause__, reason_of(error.__cause__)
+            raise SettingsError(f"users_file {path}: {reason}.") from cause
 
     def _load(self) -> None:
         try:
@@ -3566,49 +3578,65 @@ class Users:
             stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
             if stamp == self._stamp:
                 return
-            with open(self._path, encoding="utf-8") as file:
-                lines = [line.strip().partition(":") for line in file if ":" in line]
-        except (OSError, UnicodeDecodeError) as error:
+            with open(self._path, encoding="utf-8-sig") as file:
+                self._hashes = _parse_users(file)
+        except (OSError, ValueError) as error:
             raise Trouble("The file of users can't be read.") from error
-        self._hashes = {name: text for name, _, text in lines}
         self._verified.clear()
         self._stamp = stamp
 
-    def authenticate(self, header: str) -> str:
+    def authenticate(
+        self, header: str, client: str = "", has_gone: Callable[[], bool] = bool
+    ) -> str:
         """Return the user of an Authorization header (Basic, RFC 7617).
 
         Raises Unauthorized, with the same words and after the same time for a wrong
-        name as for a wrong password.
+        name as for a wrong password; Truncated when the client has gone meanwhile.
         """
-        digest = hashlib.blake2b(header.encode("latin-1", "replace"), key=self._key)
+        known = hashlib.blake2b(header.encode("latin-1", "replace"), key=self._key)
+        digest, began = known.digest(), time.monotonic()
         with self._lock:
             self._load()
-            user = self._verified.get(digest.digest())
+            user = self._verified.get(digest)
             stamp, hashes = self._stamp, self._hashes
         if user is not None:
             return user
         name, password = _credentials(header)
-        with self._hashing:  # one at a time: guessing must not take every core
-            if self._verified.get(digest.digest()) == name:
+        door = self._doors[hash(_household(client)) % len(self._doors)]
+        with door, self._hashing:
+            if self._verified.get(digest) == name:
                 return name  # verified while this one waited
+            if time.monotonic() - began > _PATIENT_SECONDS and has_gone():
+                raise Truncated("The client has gone.")
             self._verify(name, password, hashes)
             with self._lock:
                 if stamp == self._stamp:  # else the password may have been changed
                     if len(self._verified) > 1000:
                         self._verified.clear()
-                    self._verified[digest.digest()] = name
+                    self._verified[digest] = name
         return name
 
     def _verify(self, name: str, password: str, hashes: Mapping[str, str]) -> None:
         kept = hashes.get(name, self._nobody)
-        try:
-            _, rounds, salt, _ = kept.split("$")
-            given = hash_password(password, salt, int(rounds))
-        except ValueError as error:
-            raise Trouble("The file of users has a line that can't be read.") from error
+        _, rounds, salt, _ = kept.split("$")
+        given = hash_password(password, salt, int(rounds))
         is_right = hmac.compare_digest(given.encode(), kept.encode())
         if not is_right or name not in hashes:
             raise _login_required()
+
+
+def _parse_users(lines: Iterable[str]) -> dict[str, str]:
+    """Return the hash of each user; raises ValueError."""
+    hashes = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        match = _USER_LINE.fullmatch(line)
+        if match:
+            hashes[match[1]] = match[2]
+        elif line and not line.startswith("#"):
+            raise ValueError(f"line {number} is none that --add-user makes")
+    if not hashes:
+        raise ValueError("it names nobody; --add-user does")
+    return hashes
 
 
 def _login_required() -> Unauthorized:
@@ -3641,6 +3669,14 @@ def _parse_address(text: str) -> Any:
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def _household(client: str) -> str:
+    """Return whose address it is: of IPv6 a household has the last 64 bits."""
+    address = _parse_address(client)
+    if address and address.version == 6:
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return client
 
 
 def _host_name(host: str) -> str:
@@ -3697,10 +3733,7 @@ class _Senders:
 
     def _look(self, client: str, agent: str) -> tuple[str, str]:
         """Return who that is, and the cookie for it."""
-        where, address = client, _parse_address(client)
-        if address and address.version == 6:  # a household has the other 64 bits
-            where = str(ipaddress.ip_network((address, 64), strict=False))
-        sender = self._hash("sender", where, agent)
+        sender = self._hash("sender", _household(client), agent)
         cookie = f"{_COOKIE}{sender}={self._hash('cookie', sender)}"
         return sender, cookie + f"; Max-Age={_COOKIE_SECONDS}; HttpOnly; SameSite=Lax"
 
@@ -3849,7 +3882,8 @@ class Access:
         """Return a request with who is logged in; raises Unauthorized and Forbidden."""
         if self._users:
             header = request.headers.get("authorization", "")
-            request = request._replace(user=self._users.authenticate(header))
+            who = self._users.authenticate(header, request.client, request.has_gone)
+            request = request._replace(user=who)
         if self._authorize:
             refusal = ask_program(self.log, "authorize", self._authorize, request)
             if refusal:
@@ -4739,7 +4773,16 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
             scheme="https" if self.server.tls is not None else "http",
             is_loopback=self.server.is_loopback,
             fill=self.wire.fill,
+            has_gone=self.has_gone,
         )
+
+    def has_gone(self) -> bool:
+        """Whether the client has hung up, although bytes of it may wait; on Linux."""
+        with contextlib.suppress(AttributeError, OSError):
+            info = getattr(socket, "TCP_INFO")
+            state = self.connection.getsockopt(socket.IPPROTO_TCP, info, 1)[0]
+            return state in (7, 8)  # TCP_CLOSE, TCP_CLOSE_WAIT
+        return False
 
     def _refuse(self, error: Malformed) -> None:
         log = self.server.app.log
@@ -5144,45 +5187,76 @@ def _start_log(settings: Settings) -> None:
 
 def _add_user(settings: Settings, name: str) -> int:
     """Put a user into users_file, or give one another password."""
-    path = settings.users_file
-    if not path:
+    if not settings.users_file:
         raise SettingsError(
             "Say where users are kept: set users_file in conf.ini first."
         )
     is_plain = name.isprintable() and name == name.strip() and ":" not in name
-    if not name or not is_plain:
+    if not name or not is_plain or name.startswith("#"):
         raise SettingsError(f"{quoted(name)} can't be the name of a user.")
+    line = f"{name}:{hash_password(_ask_password(name))}"
+    path = os.path.realpath(settings.users_file)  # a link to it stays one
+    try:
+        with _changing(path) as lines:
+            others = [one for one in lines if one.partition(":")[0].strip() != name]
+            is_new = len(others) == len(lines)
+            lines[:] = [*others, line]
+    except (OSError, UnicodeDecodeError) as error:
+        return _fail(1, f"The file of users {path} can't be changed: {error}.")
+    what = f"{name} is added" if is_new else f"{name}'s password is changed"
+    print(f"{what} ({path}).")
+    return 0
+
+
+def _ask_password(name: str) -> str:
     password = ""
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # thought better of it
         if sys.stdin.isatty():
             password = getpass.getpass(f"Password for {name}: ")
+            if password and getpass.getpass("The same password again: ") != password:
+                raise SettingsError("The two passwords differ.")
         else:
             password = sys.stdin.readline().rstrip("\r\n")
     if not password:
         raise SettingsError("The password is empty.")
     if "\0" in password:
         raise SettingsError("The password holds a character that can't be typed.")
-    lines = []
-    try:
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                lines = [one.rstrip("\n") for one in file]
-        lines = [one for one in lines if one.partition(":")[0].strip() != name]
-        lines += [f"{name}:{hash_password(password)}", ""]
-        _write_privately(path, "\n".join(lines))
-    except (OSError, UnicodeDecodeError) as error:
-        return _fail(1, f"The file of users {path} can't be changed: {error}.")
-    print(f"{name} may log in now ({path}).")
-    return 0
+    return password
 
 
-def _write_privately(path: str, text: str) -> None:
-    part = f"{path}.{secrets.token_hex(4)}"
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(text.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+@contextlib.contextmanager
+def _changing(path: str) -> Iterator[list[str]]:
+    """Yield the lines of a file; what became of them takes its place at once.
+
+    One process does so at a time.  Owner and mode stay; a new file is private.
+    """
+    lines, new = [], f"{path}.new"
+    file = open(_open_alone(new), "wb")
+    with contextlib.ExitStack() as undo:
+        undo.callback(discard, Disk(), new)
+        with file:
+            if os.path.exists(path):
+                with open(path, encoding="utf-8-sig") as old:
+                    lines = [line.rstrip("\n") for line in old]
+                    status = os.fstat(old.fileno())
+                if hasattr(os, "chown"):
+                    os.chown(new, status.st_uid, status.st_gid)
+                os.chmod(new, stat.S_IMODE(status.st_mode))
+            yield lines
+            file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        undo.pop_all()
+
+
+def _open_alone(path: str) -> int:
+    """Make a file that keeps others out while it is there; wait five seconds for it."""
+    for _ in range(250):
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        time.sleep(0.02)
+    raise FileExistsError(errno.EEXIST, "Another --add-user works, or left this", path)
 
 
 def _check(settings: Settings) -> int:

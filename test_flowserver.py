@@ -4369,6 +4369,11 @@ class PasswordTest(unittest.TestCase):
 HOME_PAGE = Message("GET", "/")
 
 
+def basic(name: str, password: str) -> str:
+    """Return the Authorization header of a user."""
+    return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
+
+
 class LoginTest(unittest.TestCase):
     """users_file: who may come in, and what they are told."""
 
@@ -4394,10 +4399,11 @@ class LoginTest(unittest.TestCase):
         with open(self.path, "w", encoding="utf-8") as file:
             file.write("".join(f"{name}:{text}\n" for name, text in hashes.items()))
 
-    def login(self, name: str, password: str, message: Message = HOME_PAGE) -> Answer:
-        words = base64.b64encode(f"{name}:{password}".encode()).decode()
-        headers = {**message.headers, "Authorization": "Basic " + words}
-        return send(self.app, *message._replace(headers=headers))
+    def login(
+        self, name: str, password: str, message: Message = HOME_PAGE, **how: str
+    ) -> Answer:
+        headers = {**message.headers, "Authorization": basic(name, password)}
+        return send(self.app, *message._replace(headers=headers), **how)
 
     def test_right_password_comes_in(self) -> None:
         for _ in range(2):
@@ -4494,11 +4500,80 @@ class LoginTest(unittest.TestCase):
         self.assertEqual(self.login("anna", "new").status, 200)
 
     def test_file_that_can_not_be_read_lets_nobody_in(self) -> None:
-        with open(self.path, "w") as file:
-            file.write("anna:plain\n")
-        self.assertEqual(self.login("anna", "plain").status, 503)
+        right = f"anna:{flowserver.hash_password('plain')}\n"
+        absurd = right.replace("$2$", "$10000001$")
+        for text in ("anna:plain\n", "", "# anna\n", absurd, right + "bär:plain\n"):
+            with self.subTest(text):
+                with open(self.path, "w", encoding="utf-8") as file:
+                    file.write(text)
+                self.assertEqual(self.login("anna", "plain").status, 503)
+                with self.assertRaisesRegex(flowserver.SettingsError, "users_file"):
+                    flowserver.Users(self.path)
         os.unlink(self.path)
         self.assertEqual(self.login("anna", "plain").status, 503)
+
+    def test_file_of_an_editor_is_read(self) -> None:
+        """With a byte order mark, and comments."""
+        line = f"anna:{flowserver.hash_password('x')}\n"
+        with open(self.path, "w", encoding="utf-8-sig") as file:
+            file.write(line + "\n# carl: gone\n" + line.replace("anna", "#anna"))
+        self.assertEqual(self.login("anna", "x").status, 200)
+        self.assertEqual(self.login("#anna", "x").status, 401)
+
+    def test_guesses_hold_up_nobody_at_another_address(self) -> None:
+        def slow(*arguments: Any) -> str:
+            began.append(arguments[0])
+            time.sleep(0.02)
+            return hash_password(*arguments)
+
+        def guess(number: int) -> None:
+            client = f"2001:db8::{number}"  # which are those of one household
+            self.login("anna", f"guess {number}", client=client)
+
+        began: List[str] = []
+        hash_password = flowserver.hash_password
+        with mock.patch.object(flowserver, "hash_password", slow):
+            threads = [threading.Thread(target=guess, args=(n,)) for n in range(40)]
+            for thread in threads:
+                thread.start()
+            until(lambda: began)
+            time.sleep(0.05)
+            before = len(began)
+            answer = self.login("bär", "pässwörd", client="198.51.100.7")
+            self.assertEqual(answer.status, 200)
+            self.assertLess(began.index("pässwörd"), before + 4)
+            for thread in threads:
+                thread.join()
+        self.assertEqual(len(began), 41)
+
+    def test_guess_of_a_client_that_has_gone_is_not_looked_at(self) -> None:
+        users = flowserver.Users(self.path)
+        first, may_end = threading.Event(), threading.Event()
+
+        def slow(*arguments: Any) -> str:
+            first.set()
+            may_end.wait(PATIENCE)
+            return hash_password(*arguments)
+
+        def guess(password: str, has_gone: Any = bool) -> None:
+            with contextlib.suppress(flowserver.FlowError):
+                users.authenticate(basic("anna", password), "::1", has_gone)
+
+        hash_password = flowserver.hash_password
+        counted = mock.Mock(side_effect=slow)
+        with mock.patch.object(flowserver, "hash_password", counted):
+            with mock.patch.object(flowserver, "_PATIENT_SECONDS", 0):
+                threads = [threading.Thread(target=guess, args=("one",))]
+                threads[0].start()
+                first.wait(PATIENCE)
+                has_gone = mock.Mock(return_value=True)
+                threads.append(threading.Thread(target=guess, args=("two", has_gone)))
+                threads[1].start()
+                may_end.set()
+                for thread in threads:
+                    thread.join()
+        has_gone.assert_called_once()
+        self.assertEqual(counted.call_count, 1)
 
 
 class OriginTest(unittest.TestCase):
@@ -5669,6 +5744,22 @@ class ServerTest(unittest.TestCase):
             self.assertEqual(send(server, "GET", "/health").status, 200)
         context.__exit__(None, None, None)
 
+    @unittest.skipUnless(hasattr(socket, "TCP_INFO"), "this system does not tell")
+    def test_client_that_has_gone_is_seen_although_bytes_of_it_wait(self) -> None:
+        seen: List[bool] = []
+
+        def look(request: Request) -> str:
+            seen.append(request.has_gone())
+            client.socket.shutdown(socket.SHUT_WR)
+            until(request.has_gone, "the end")
+            return "No."
+
+        with serving(authorize=look) as server, RawClient(server) as client:
+            message = browser("a", b"x")
+            answer = client.send(head_of(message), message.body).answer()
+            self.assertEqual(answer and answer.status, 403)
+        self.assertEqual(seen, [False])
+
     def test_bug_in_a_connection_is_logged_and_the_server_goes_on(self) -> None:
         # the server is stopped first: a client sees the end before the log has it
         with self.assertLogs("flowserver", "ERROR") as logs, serving() as server:
@@ -6012,6 +6103,7 @@ class CommandLineTest(InFolder):
             ("--upload-dir", ""): "upload",
             ("--add-user", "anna"): "users_file",
             ("--add-user", "a:b", "--users-file", self.path("u")): '"a:b"',
+            ("--add-user", "#a", "--users-file", self.path("u")): '"#a"',
             ("--users-file", self.path("none")): "users_file",
         }
         for arguments, words in cases.items():
@@ -6070,24 +6162,73 @@ class CommandLineTest(InFolder):
         self.assertRegex(result.stderr, r'\Aflowserver: --port: "many" [^\n]+\n\Z')
 
     def test_user_is_added_and_may_log_in(self) -> None:
-        users = self.path("users", "# comment\nanna:old\ncarl:hash")
-        for name, password in (
-            ("anna", "gehe:im"),
-            ("b\u00e4r", "x"),
-            ("anna", "new:one"),
+        users = self.path("users")
+        for name, password, words in (
+            ("anna", "gehe:im", "anna is added"),
+            ("b\u00e4r", "x", "b\u00e4r is added"),
+            ("anna", "new:one", "anna's password is changed"),
         ):
-            with mock.patch.object(sys, "stdin", io.StringIO(password + "\n")):
-                status, out, err = run_main("--users-file", users, "--add-user", name)
-            self.assertEqual((status, err), (0, ""))
-            self.assertIn(name, out)
+            self.assertIn(words, self.add_user(users, name, password))
         text = source_of(users)
-        self.assertEqual(re.findall("(?m)^[^#:]+", text), ["carl", "b\u00e4r", "anna"])
-        self.assertIn("\ncarl:hash\n", text)
+        self.assertEqual(re.findall("(?m)^[^:]+", text), ["b\u00e4r", "anna"])
         self.assertNotIn("gehe", text)
         if os.name == "posix":
             self.assertEqual(os.stat(users).st_mode & 0o777, 0o600)
-        words = base64.b64encode(b"anna:new:one").decode()
-        self.assertEqual(flowserver.Users(users).authenticate("Basic " + words), "anna")
+        header = basic("anna", "new:one")
+        self.assertEqual(flowserver.Users(users).authenticate(header), "anna")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["users"])
+
+    def add_user(self, users: str, name: str, password: str) -> str:
+        with mock.patch.object(sys, "stdin", io.StringIO(password + "\n")):
+            status, out, err = run_main("--users-file", users, "--add-user", name)
+        self.assertEqual((status, err), (0, ""))
+        return out
+
+    def test_what_else_stands_in_the_file_of_users_stays(self) -> None:
+        users = self.path("users", "\ufeff# comment\nanna:old\ncarl:hash")
+        self.assertIn("changed", self.add_user(users, "anna", "x"))
+        lines = source_of(users).splitlines()
+        self.assertEqual(lines[:2], ["# comment", "carl:hash"])
+        self.assertEqual(len(lines), 3)
+
+    @unittest.skipUnless(os.name == "posix", "needs links, modes and owners of POSIX")
+    def test_file_of_users_stays_a_link_and_whose_it_is(self) -> None:
+        users = self.path("users", "")
+        os.mkdir(self.path("etc"))
+        os.rename(users, self.path("etc/real"))
+        os.symlink("etc/real", users)
+        os.chmod(users, 0o640)
+        owner = 12345 if os.geteuid() == 0 else os.geteuid()
+        os.chown(users, owner, os.getegid())
+        self.add_user(users, "anna", "x")
+        self.assertTrue(os.path.islink(users))
+        status = os.stat(self.path("etc/real"))
+        self.assertEqual((status.st_mode & 0o777, status.st_uid), (0o640, owner))
+        self.assertGreater(status.st_size, 50)
+        self.assertEqual(os.listdir(self.path("etc")), ["real"])
+
+    def test_users_added_at_one_time_are_all_kept(self) -> None:
+        users = self.path("users")
+        flags = ("-I", FILE, "--config", "", "--users-file", users, "--add-user")
+        names = [f"user{n}" for n in range(6)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        commands = [[sys.executable, *flags, name] for name in names]
+        processes = [subprocess.Popen(command, **pipes) for command in commands]
+        for process in processes:
+            process.stdin.write(b"x\n")
+            process.stdin.close()
+        self.assertEqual([process.wait() for process in processes], [0] * 6)
+        found = re.findall("(?m)^[^:]+", source_of(users))
+        self.assertEqual(sorted(found), names)
+
+    def test_file_that_another_one_has_left_in_the_way_is_named(self) -> None:
+        self.path("users.new", "")
+        with mock.patch.object(sys, "stdin", io.StringIO("x\n")):
+            with mock.patch.object(flowserver.time, "sleep"):
+                flags = ("--users-file", self.path("users"), "--add-user", "a")
+                status, _, err = run_main(*flags)
+        self.assertEqual(status, 1)
+        self.assertIn("users.new", err)
 
     def test_user_without_a_password_is_not_added(self) -> None:
         with mock.patch.object(sys, "stdin", io.StringIO("\n")):
@@ -6103,18 +6244,17 @@ class CommandLineTest(InFolder):
                     flags = ("--users-file", self.path("u"), "--add-user", "a")
                     self.assertEqual(run_main(*flags)[0], 2)
 
-    def test_password_is_asked_for_at_a_terminal(self) -> None:
+    def test_password_is_asked_for_twice_at_a_terminal(self) -> None:
         terminal = mock.Mock()
         terminal.isatty.return_value = True
-        with mock.patch.object(sys, "stdin", terminal):
-            with mock.patch.object(
-                flowserver.getpass, "getpass", return_value="x"
-            ) as asked:
-                status, _, _ = run_main(
-                    "--users-file", self.path("u"), "--add-user", "a"
-                )
-        self.assertEqual(status, 0)
-        asked.assert_called_once()
+        flags = ("--users-file", self.path("u"), "--add-user", "a")
+        for answers, expected in ((["x", "x"], 0), (["x", "y"], 2)):
+            asked = mock.Mock(side_effect=answers)
+            with mock.patch.object(sys, "stdin", terminal):
+                with mock.patch.object(flowserver.getpass, "getpass", asked):
+                    status, _, err = run_main(*flags)
+            self.assertEqual((status, asked.call_count), (expected, 2))
+        self.assertEqual(err, "flowserver: The two passwords differ.\n")
 
     def test_check_tells_what_holds(self) -> None:
         status, out, _ = run_main(*self.flags, "--check")
