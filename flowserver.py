@@ -5357,18 +5357,28 @@ def _serve(server: FlowServer) -> int:
 
 
 def _other_addresses(server: FlowServer) -> list[str]:
-    """Return the addresses of this machine, when it listens on all of them."""
+    """Return the addresses for other machines, that of the way outside first."""
     if server.server_name not in ("0.0.0.0", "::"):
         return []
     found = []
-    with contextlib.suppress(OSError):
-        for entry in socket.getaddrinfo(socket.gethostname(), None):
-            host = str(entry[4][0]).partition("%")[0]
-            url = server.url_of(host)
-            is_possible = server.server_name == "::" or ":" not in host
-            if is_possible and url != server.url and url not in found:
-                found.append(url)
-    return found
+    for family, outside in _OUTSIDE:
+        with contextlib.suppress(OSError):
+            with socket.socket(family, socket.SOCK_DGRAM) as route:
+                route.connect((outside, 9))  # sends nothing
+                found.append(route.getsockname()[0])
+    with contextlib.suppress(OSError, UnicodeError):
+        entries = socket.getaddrinfo(socket.gethostname(), None)
+        found += [str(entry[4][0]).partition("%")[0] for entry in entries]
+    urls = []
+    for address in map(_parse_address, found):
+        is_served = address and (address.version == 4 or server.server_name == "::")
+        if is_served and not address.is_loopback and not address.is_link_local:
+            urls.append(server.url_of(str(address)))
+    return list(dict.fromkeys(urls))
+
+
+# Addresses of documentation (RFC 5737, RFC 3849), which nobody has.
+_OUTSIDE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
 
 if __name__ == "__main__":

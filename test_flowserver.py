@@ -6353,18 +6353,29 @@ class InProcessTest(InFolder):
             how = {"cwd": os.path.dirname(FILE), "check": True}
             python("-c", program, str(moment), *self.flags, **how)
 
-    def test_every_address_is_told_and_a_public_one_is_warned_of(self) -> None:
-        entries = [
-            (0, 0, 0, "", (host, 0))
-            for host in ("192.0.2.7", "192.0.2.7", "::2", "127.0.0.1")
-        ]
+    def reachable(self, *hosts: str) -> Tuple[List[str], str]:
+        """Return the addresses that are told where the machine's name has `hosts`."""
+        entries = [(0, 0, 0, "", (host, 0)) for host in hosts]
         with mock.patch.object(socket, "getaddrinfo", return_value=entries):
             _, out, _ = self.run_server(lambda server: None, "--host", "0.0.0.0")
-        self.assertEqual(
-            len(re.findall(r"also reachable as http://192\.0\.2\.7:", out)), 1
-        )
+        return re.findall("also reachable as http://(.+):[0-9]+/\n", out), out
+
+    def test_every_address_is_told_and_a_public_one_is_warned_of(self) -> None:
+        told, out = self.reachable("192.0.2.7", "192.0.2.7", "::2", "127.0.0.1")
+        self.assertEqual([host for host in told if host == "192.0.2.7"], told[-1:])
         self.assertNotIn("::2", out)
         self.assertIn("users_file", out)
+
+    def test_address_that_a_phone_can_use_is_told_first(self) -> None:
+        """Debian gives a machine's name 127.0.1.1, and no other address."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+            try:
+                route.connect(("192.0.2.1", 9))
+            except OSError:
+                self.skipTest("this machine has no network")
+            own = route.getsockname()[0]
+        told, _ = self.reachable("127.0.1.1", "169.254.1.1", "192.0.2.7", own)
+        self.assertEqual(told, [own, "192.0.2.7"])
 
     def test_log_goes_to_a_file_and_is_escaped(self) -> None:
         log = self.path("x.log")
