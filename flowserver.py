@@ -278,7 +278,13 @@ def _choice(*choices: str) -> Callable[[str], str]:
 
 
 def _path(value: str) -> str:
+    for name in map("".join, re.findall(_VARIABLE, value)):
+        if name not in os.environ:
+            raise ValueError(f"names the variable {name}, which is not set")
     return os.path.expanduser(os.path.expandvars(value))
+
+
+_VARIABLE = r"\$\{?([0-9A-Za-z_]+)" + (r"|%(\w+)%" if os.name == "nt" else "()")
 
 
 def _required_path(value: str) -> str:
@@ -2664,14 +2670,11 @@ class Store:
     # Folders
 
     def _make_folders(self) -> None:
-        os.makedirs(self.upload_dir, exist_ok=True)
+        self._make_folder(self.upload_dir, 0o777)
         for path in (self.temp_dir, self.state_dir):
             if os.path.exists(path) and os.path.samefile(path, self.upload_dir):
                 raise Trouble("Clients could replace what is in temp_dir.")
-            try:
-                self.disk.make_folder(path, 0o700)
-            except OSError as error:
-                raise Trouble(f"{path} can't be made: {error.strerror}.") from error
+            self._make_folder(path, 0o700)
         if os.stat(self.upload_dir).st_dev != os.stat(self.state_dir).st_dev:
             raise Trouble(
                 f"temp_dir {self.temp_dir} is not on the same file system as upload_dir"
@@ -2680,6 +2683,16 @@ class Store:
         parent = os.path.realpath(os.path.dirname(self.temp_dir))
         for path in (self.upload_dir, parent, self.temp_dir):
             self.disk.flush_names(path)
+
+    def _make_folder(self, path: str, mode: int) -> None:
+        """Make a folder where it is missing, but none above it."""
+        try:
+            self.disk.make_folder(path, mode)
+        except FileNotFoundError as error:
+            parent = os.path.dirname(path)
+            raise Trouble(f"{parent} does not exist (is its disk mounted?).") from error
+        except OSError as error:
+            raise Trouble(f"{path} can't be made: {error.strerror}.") from error
 
     def _try_links(self) -> None:
         """Find out whether files can have two names here; publication relies on it."""
@@ -5261,6 +5274,9 @@ def _open_alone(path: str) -> int:
 
 def _check(settings: Settings) -> int:
     """Try what the store needs, one line each; 1 when something does not hold."""
+    temp_dir = settings.temp_dir or os.path.join(settings.upload_dir, ".flowserver")
+    folders = (settings.upload_dir, temp_dir, os.path.join(temp_dir, "v2"))
+    missing = [path for path in folders if not os.path.exists(path)]
     try:
         disk = Disk(settings.sync)
         store = Store(settings.upload_dir, settings.temp_dir, disk=disk)
@@ -5272,6 +5288,12 @@ def _check(settings: Settings) -> int:
     except (FlowError, OSError) as error:
         print(f"FAILED  {error}")
         return 1
+    finally:
+        for path in reversed(missing):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+    if settings.upload_dir in missing:
+        print(f"ok      {settings.upload_dir} is missing, the start makes it")
     for is_good, sentence in results:
         print(("ok      " if is_good else "FAILED  ") + sentence)
     return 0 if all(is_good for is_good, _ in results) else 1

@@ -819,6 +819,12 @@ class SettingsTest(unittest.TestCase):
         with self.assertRaisesRegex(flowserver.SettingsError, 'no setting "colour"'):
             Settings(colour="red")
 
+    def test_environment_variable_that_is_not_set_is_named(self) -> None:
+        for text in ("$FLOW_NONE/in", "~/${FLOW_NONE}"):
+            with self.assertRaisesRegex(flowserver.SettingsError, "FLOW_NONE"):
+                Settings(upload_dir=text)
+        self.assertEqual(Settings(upload_dir="in$/a$.b").upload_dir, "in$/a$.b")
+
     def test_networks_take_addresses_and_ranges(self) -> None:
         networks = Settings(trusted_proxies="10.0.0.1/8 ::1").trusted_proxies
         self.assertEqual([str(n) for n in networks], ["10.0.0.0/8", "::1/128"])
@@ -6126,6 +6132,8 @@ class CommandLineTest(InFolder):
         port = str(busy.getsockname()[1])
         file = self.path("file", "")
         cases: Dict[Tuple[str, ...], str] = {
+            ("--upload-dir", self.path("disk/up")): "disk does not exist",
+            ("--temp-dir", self.path("disk/temp")): "disk does not exist",
             ("--port", port): f"127.0.0.1, port {port}",
             ("--host", "192.0.2.1"): "192.0.2.1",
             ("--host", "\u00fc..example"): "\u00fc..example",
@@ -6135,10 +6143,12 @@ class CommandLineTest(InFolder):
         }
         for arguments, words in cases.items():
             with self.subTest(arguments):
-                status, out, err = run_main(*self.flags, *arguments)
+                with mock.patch.object(flowserver, "_serve", return_value=0):
+                    status, out, err = run_main(*self.flags, *arguments)
                 self.assertEqual((status, out), (1, ""))
                 self.assertRegex(err, r"\Aflowserver: [^\n]+\n\Z")
                 self.assertIn(words, err)
+        self.assertFalse(os.path.exists(self.path("disk")))  # a disk may come there
 
     @unittest.skipUnless(os.path.isdir("/dev/shm"), "needs a second file system")
     def test_temp_folder_on_another_file_system_has_status_1(self) -> None:
@@ -6261,7 +6271,22 @@ class CommandLineTest(InFolder):
         self.assertEqual((status, "FAILED" in out), (0, False), out)
         for words in (self.uploads, "locks hold", "a flush takes", "MiB are free"):
             self.assertIn(words, out)
-        self.assertEqual(leftovers(self.uploads), {})
+
+    def test_check_leaves_nothing_behind(self) -> None:
+        _, out, _ = run_main(*self.flags, "--check")
+        self.assertIn(f"{self.uploads} is missing", out)
+        self.assertEqual(os.listdir(self.folder), [])
+        os.mkdir(self.uploads)
+        _, out, _ = run_main(*self.flags, "--check", "--temp-dir", self.path("temp"))
+        self.assertNotIn("is missing", out)
+        self.assertEqual(os.listdir(self.folder), ["up"])
+        run_main(*self.flags, "--check", "--temp-dir", "/proc/temp")
+        self.assertEqual(os.listdir(self.uploads), [])
+
+    def test_check_touches_no_folder_of_a_server(self) -> None:
+        app = UploadApp(Settings(upload_dir=self.uploads))
+        self.assertEqual(run_main(*self.flags, "--check")[0], 0)
+        self.assertEqual(send(app, *browser("a", b"x")).status, 200)
 
     def test_path_that_stdout_has_no_letters_for_is_told_all_the_same(self) -> None:
         flags = ("--config", "", "--check", "--upload-dir", self.path("\u65e5"))
