@@ -3506,7 +3506,8 @@ class Content:
             if request.fill:
                 buffer, size = request.fill(not self._files)
             else:
-                assert request.read is not None
+                if request.read is None:
+                    raise Malformed("The request has a length, but nothing to read.")
                 try:
                     buffer = request.read(min(BLOCK_SIZE, left))
                 except OSError as error:
@@ -3981,6 +3982,11 @@ def _require_length(what: str, actual: int, said: int) -> None:
         )
 
 
+def _require_type(caller: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{caller} takes {kind.__name__}, not {type(value).__name__}")
+
+
 class UploadApp:
     """Takes uploads: ``handle(Request) -> Response``, or as a WSGI application.
 
@@ -4005,7 +4011,8 @@ class UploadApp:
         store: Store | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.settings = settings or Settings()
+        self.settings = Settings() if settings is None else settings
+        _require_type("UploadApp()", self.settings, Settings)
         self.log = logging.getLogger("flowserver")
         self._on_complete = on_complete
         self._place = place
@@ -4050,6 +4057,9 @@ class UploadApp:
 
     def handle(self, request: Request) -> Response:
         """Answer a request; the outermost door: nothing is raised."""
+        _require_type("handle()", request, Request)
+        if not isinstance(request.length, int):  # None, say, of a framework
+            request = request._replace(length=-1)
         started = self._clock()
         try:
             request = self._access.seen_through_proxies(request)
@@ -4880,6 +4890,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
     def __init__(
         self, app: UploadApp, handler: Callable[..., FlowHandler] | None = None
     ) -> None:
+        _require_type("FlowServer()", app, UploadApp)
         settings = app.settings
         self.app = app
         self.is_stopping = False
@@ -5223,12 +5234,12 @@ def _add_user(settings: Settings, name: str) -> int:
 
 def _ask_password(name: str) -> str:
     password = ""
-    with contextlib.suppress(EOFError, KeyboardInterrupt):  # thought better of it
-        if sys.stdin.isatty():
+    with contextlib.suppress(EOFError, KeyboardInterrupt, ValueError):  # or no text
+        if sys.stdin and sys.stdin.isatty():
             password = getpass.getpass(f"Password for {name}: ")
             if password and getpass.getpass("The same password again: ") != password:
                 raise SettingsError("The two passwords differ.")
-        else:
+        elif sys.stdin:
             password = sys.stdin.readline().rstrip("\r\n")
     if not password:
         raise SettingsError("The password is empty.")
@@ -5404,4 +5415,7 @@ _OUTSIDE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # during the start
+        sys.exit(130)

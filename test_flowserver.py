@@ -4342,6 +4342,34 @@ class EmbeddingTest(unittest.TestCase):
             self.assertEqual(send(app, *browser("a", b"x", folder="../x")).status, 415)
             self.assertEqual(list(finished_files(app)), ["x/y/a"])
 
+    def test_mistake_in_a_call_is_a_type_error_that_names_it(self) -> None:
+        cases: Dict[str, Any] = {
+            "UploadApp() takes Settings, not str": lambda: UploadApp("uploads"),
+            "FlowServer() takes UploadApp, not Settings": lambda: FlowServer(
+                Settings()
+            ),
+        }
+        for words, call in cases.items():
+            with self.assertRaisesRegex(TypeError, re.escape(words)):
+                call()
+        with application() as app:
+            with self.assertRaisesRegex(
+                TypeError, r"handle\(\) takes Request, not dict"
+            ):
+                app.handle({"REQUEST_METHOD": "GET"})
+
+    def test_request_without_a_length_or_a_body_is_refused(self) -> None:
+        """Which is no bug of ours, and nothing that the log should say is one."""
+        message = browser("a", b"x", mode="octet")
+        with application() as app, self.assertLogs("flowserver", "INFO") as logs:
+            request = prepared(message, io.BytesIO(b"x").read)
+            for changes in ({"length": None}, {"read": None}):
+                response = app.handle(request._replace(**changes))
+                self.assertEqual(response.status, 415)  # 400, for flow.js
+            test = prepared(browser("a", b"x", mode="test"), None)
+            self.assertEqual(app.handle(test._replace(length=None)).status, 204)
+        self.assertNotIn("bug", str(logs.output))
+
     def test_create_app_reads_the_conf_ini_of_the_environment(self) -> None:
         with temporary_folder() as folder:
             path = conf_file(
@@ -6254,6 +6282,14 @@ class CommandLineTest(InFolder):
                     flags = ("--users-file", self.path("u"), "--add-user", "a")
                     self.assertEqual(run_main(*flags)[0], 2)
 
+    def test_stdin_that_is_closed_or_no_text_is_a_sentence(self) -> None:
+        junk = io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8")
+        for stdin in (None, junk):
+            with mock.patch.object(sys, "stdin", stdin):
+                flags = ("--users-file", self.path("u"), "--add-user", "a")
+                status, _, err = run_main(*flags)
+            self.assertEqual((status, err), (2, "flowserver: The password is empty.\n"))
+
     def test_password_is_asked_for_twice_at_a_terminal(self) -> None:
         terminal = mock.Mock()
         terminal.isatty.return_value = True
@@ -6497,6 +6533,17 @@ class ProcessTest(InFolder):
         with Running(file=file, cwd=self.folder) as server:
             self.check_works(server)
             self.assertEqual(server.lines[1], f"files go to {self.path('in')}\n")
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "needs pipes with a name")
+    def test_ctrl_c_during_the_start_is_no_traceback(self) -> None:
+        config = self.path("pipe")
+        os.mkfifo(config)
+        command = [sys.executable, "-I", "-W", "error", FILE, "--config", config]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
+        with open(config, "w"):  # until the start waits for settings to come
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, err), (130, ""))
 
     @unittest.skipUnless(os.name == "posix", "needs signals of POSIX")
     def test_ended_in_the_middle_of_an_upload_it_resumes_after_the_start(self) -> None:
