@@ -305,21 +305,19 @@ def _port(value: str) -> int:
     return int(value)
 
 
-def _measure(value: str, units: Mapping[str, int], complaint: str) -> int:
-    match = re.fullmatch("([0-9]{1,15}) ?([A-Za-z]?)", value)
-    if not match or match[2] not in units:
-        raise ValueError(complaint)
-    return int(match[1]) * units[match[2]]
-
-
 def _size(value: str) -> int:
-    return _measure(value.upper(), _UNITS, "is not a size such as 1048576, 8M or 10G")
+    number = r"[0-9]{1,15}|[0-9]{1,9}\.[0-9]{1,3}(?= ?[KMGT])"
+    match = re.fullmatch(f"({number}) ?([KMGT]?)(?:I?B)?", value.upper())
+    if not match:
+        raise ValueError("is not a size such as 1048576, 8M or 1.5G")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _seconds(value: str) -> int:
-    return _measure(
-        value.lower(), _TIMES, "is not a time such as 90, 30s, 5m, 12h or 2d"
-    )
+    match = re.fullmatch("([0-9]{1,15}) ?([smhd]?)", value.lower())
+    if not match:
+        raise ValueError("is not a time such as 90, 30s, 5m, 12h or 2d")
+    return int(match[1]) * _TIMES[match[2]]
 
 
 def _chunk_size(value: str) -> int:
@@ -360,6 +358,11 @@ def _list_of(pattern: str, example: str) -> Callable[[str], tuple[str, ...]]:
 _origin = r"\*|null|file://|[^:/]+://[^/]+"
 _origins = _list_of(_origin, "origins such as https://example.com")
 _hosts = _list_of(r"([^:/]+|\[[^/]+\])(:[0-9]+)?", "host names such as example.com")
+
+
+_upload_path = _like(
+    r"/(?!\Z|health\Z|sample/)[^\s?#%]+", "a path such as /upload that is not taken"
+)
 
 
 class Setting(Generic[T]):
@@ -403,7 +406,7 @@ class Settings:
         "Address to listen on; 0.0.0.0 means every address of this machine.")
     port = Setting("server", _port, "8000",
         "Port to listen on; 0 means any free one.")
-    upload_path = Setting("server", _like(r"/[^\s?#%]*", "a path such as /upload"),
+    upload_path = Setting("server", _upload_path,
         "/upload", "Path of the address that chunks are sent to.")
     sample_dir = Setting("server", _path, "sample",
         "Folder of sample pages, served under /sample/; empty turns it off.")
@@ -412,7 +415,7 @@ class Settings:
     private_key = Setting("server", _path, "",
         "PEM file with the private key of the certificate.")
     max_connections = Setting("server", _number, "1000",
-        "Connections at one time; the one that has been idle longest gives way.")
+        "Connections at one time, 0: no limit; the longest idle one gives way.")
     timeout = Setting("server", _seconds, "60s",
         "Longest wait for a request's head, for its next block, and between requests.")
     trusted_proxies = Setting("server", _networks, "",
@@ -530,6 +533,8 @@ def _checked_entry(section: str, key: str, text: str, path: str) -> object:
     setting = settings_table().get(key)
     if setting is None or setting.section != section:
         raise SettingsError(f'{where}: there is no such key (its value is "{text}").')
+    if re.search(r"(^|\s)[;#]", text):
+        raise SettingsError(f'{where}: "{text}": a comment needs a line of its own.')
     return setting.parse_in(os.path.dirname(os.path.abspath(path)), text, where)
 
 
@@ -4014,6 +4019,11 @@ class UploadApp:
         self.settings = Settings() if settings is None else settings
         _require_type("UploadApp()", self.settings, Settings)
         self.log = logging.getLogger("flowserver")
+        hooks: dict[str, object] = {"on_complete": on_complete, "place": place}
+        hooks.update({"authorize": authorize, "owner": owner})
+        for name, hook in hooks.items():
+            if hook is not None and not callable(hook):
+                raise TypeError(f"{name} is no function: {hook!r}")
         self._on_complete = on_complete
         self._place = place
         self._any_path = any_path
@@ -4458,6 +4468,10 @@ def _require_apart(settings: Settings) -> None:
                 " replace; give uploads a folder of their own."
             )
     samples = os.path.join(os.path.realpath(ours["sample_dir"]), "")
+    beside = os.path.join(os.path.dirname(os.path.abspath(settings.config)), "sample")
+    is_usual = settings.sample_dir in ("", "sample", settings.config and beside)
+    if not is_usual and not os.path.isdir(samples):
+        raise SettingsError(f"sample_dir {samples} is no folder.")
     if settings.sample_dir and folder.startswith(samples):
         raise SettingsError(
             f"sample_dir {samples} holds upload_dir, whose pages and scripts would then"

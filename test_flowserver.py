@@ -763,6 +763,10 @@ class SettingsTest(unittest.TestCase):
             ("max_chunk_size", "8m"): 8 * MIB,
             ("max_chunk_size", "10 G"): 10 << 30,
             ("max_file_size", "2T"): 2 << 40,
+            ("max_file_size", "1.5G"): 3 << 29,
+            ("max_file_size", "100 MB"): 100 * MIB,
+            ("max_file_size", "0.5 kib"): 512,
+            ("max_file_size", "999999999999999"): 10**15 - 1,
             ("log_max_size", "64K"): 64 * KIB,
             ("timeout", "90"): 90,
             ("timeout", "30s"): 30,
@@ -786,7 +790,8 @@ class SettingsTest(unittest.TestCase):
     def test_text_that_is_no_value_is_refused_in_one_sentence(self) -> None:
         cases = {
             "port": ("65536", "-1", "+1", "8_0", "8000.0", "http", "", "\u0663"),
-            "max_chunk_size": ("8MB", "-1", "1.5G", "M", "1e3", "\u0663", "9" * 16, ""),
+            "max_chunk_size": ("8X", "-1", "1.5", "M", "1e3", "\u0663", "9" * 16, "")
+            + ("1,5G", "1.G", ".5G", "8Mi", "MB", "8MBB"),
             "timeout": ("1w", "soon", "-5s", "1.5", "0x10"),
             "max_uploads": ("many", "1K", "-1", "1_000", "9" * 10),
             "sync": ("maybe", "", "2"),
@@ -794,7 +799,8 @@ class SettingsTest(unittest.TestCase):
             "log_level": ("loud", "INFO"),
             "trusted_proxies": ("10.0.0.0/33", "proxy.example"),
             "host": ("", "127.0.0.1 # this machine"),
-            "upload_path": ("", "upload", "/up load", "/upload?"),
+            "upload_path": ("", "upload", "/up load", "/upload?")
+            + ("/", "/health", "/sample/", "/sample/x"),  # which are taken
             "chunk_size": ("0", "0M"),  # of which no file could ever be made
             "allow_origins": ("example.com", "https://example.com/"),
             "allow_hosts": ("https://example.com", "example.com/", "::1"),
@@ -960,6 +966,24 @@ class LoadSettingsTest(unittest.TestCase):
                 self.assertRegex(message, r"\A[^\n]+\.\Z")
                 for word in (os.path.join(self.folder, "conf.ini"),) + words:
                     self.assertIn(word, message)
+
+    def test_a_comment_behind_a_value_is_refused_with_the_reason(self) -> None:
+        for section, entry in (
+            ("server", "port = 8000 ; the usual one"),
+            ("storage", "upload_dir = uploads # of clients"),
+            ("storage", "temp_dir = ; beside them"),
+        ):
+            message = self.refusal(f"[{section}]\n; a comment\n # another\n{entry}\n")
+            self.assertIn("a comment needs a line of its own", message)
+        settings = self.load("[storage]\nupload_dir = a;b#c\n")
+        self.assertEqual(settings.upload_dir, os.path.join(self.folder, "a;b#c"))
+
+    def test_folder_of_samples_may_be_missing_where_nobody_has_chosen_it(self) -> None:
+        for text in ("", "[server]\nsample_dir = sample\n"):
+            flowserver._require_apart(self.load(text))
+        for text in ("[server]\nsample_dir = samples\n", "[server]\nsample_dir = /x\n"):
+            with self.assertRaisesRegex(flowserver.SettingsError, "sample_dir"):
+                flowserver._require_apart(self.load(text))
 
     def test_a_mistake_in_a_flag_is_named(self) -> None:
         message = self.refusal("", max_chunk_size="big")
@@ -4358,6 +4382,12 @@ class EmbeddingTest(unittest.TestCase):
             ):
                 app.handle({"REQUEST_METHOD": "GET"})
 
+    def test_what_can_not_be_called_is_refused_at_once(self) -> None:
+        for name in ("on_complete", "authorize", "owner", "place"):
+            with self.assertRaisesRegex(TypeError, f"{name} .* 'print'"):
+                with application(**{name: "print"}):
+                    pass
+
     def test_request_without_a_length_or_a_body_is_refused(self) -> None:
         """Which is no bug of ours, and nothing that the log should say is one."""
         message = browser("a", b"x", mode="octet")
@@ -4923,9 +4953,12 @@ class PageTest(unittest.TestCase):
             self.assertEqual(send(app, "GET", "/sample/a.md").status, 404)
 
     def test_samples_can_be_turned_off_or_missing(self) -> None:
-        for sample_dir in ("", "/no/such/folder"):
-            with application(sample_dir=sample_dir) as app:
-                self.assertEqual(send(app, "GET", "/sample/").status, 404)
+        with temporary_folder() as folder:
+            for sample_dir in ("", os.path.join(folder, "samples")):
+                os.makedirs(sample_dir or folder, exist_ok=True)
+                with application(sample_dir=sample_dir) as app:
+                    shutil.rmtree(sample_dir, ignore_errors=True)
+                    self.assertEqual(send(app, "GET", "/sample/").status, 404)
 
 
 class LogTest(unittest.TestCase):
@@ -6127,7 +6160,8 @@ class CommandLineTest(InFolder):
         wrong_file = self.path("wrong.ini", "[server]\nport = many\n")
         cases: Dict[Tuple[str, ...], str] = {
             ("--port", "many"): '--port: "many"',
-            ("--max-chunk-size", "8MB"): "--max-chunk-size",
+            ("--max-chunk-size", "8X"): "--max-chunk-size",
+            ("--sample-dir", self.path("none")): "sample_dir",
             ("--timeout", "soon"): "--timeout",
             ("--config", wrong_file): f"{wrong_file}, section [server], key port",
             ("--config", self.path("no.ini")): "no.ini can't be read",
