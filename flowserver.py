@@ -45,29 +45,16 @@ a *sender* who sent a range of it.
 from __future__ import annotations
 
 __version__ = "1.1.0"
+# fmt: off
 __all__ = [
-    "Disk",
-    "Done",
-    "FlowError",
-    "FlowHandler",
-    "FlowHandlerMixin",
-    "FlowServer",
-    "Incoming",
-    "MultipartParser",
-    "Part",
-    "Request",
-    "Response",
-    "Settings",
-    "Store",
-    "Upload",
-    "UploadApp",
-    "boundary_of",
-    "create_app",
-    "main",
-    "safe_path",
-    "upload_key",
+    "Body", "Conflict", "Disk", "Done", "FlowError", "FlowHandler", "FlowHandlerMixin",
+    "FlowServer", "Forbidden", "Incoming", "Malformed", "MultipartParser", "Part",
+    "Progress", "Request", "Response", "Settings", "SettingsError", "Store", "TooLarge",
+    "Trouble", "Truncated", "Unauthorized", "Upload", "UploadApp", "boundary_of",
+    "create_app", "find_config", "load_settings", "main", "safe_path", "upload_key",
     "wsgi_request",
 ]
+# fmt: on
 
 import argparse
 import base64
@@ -106,6 +93,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Generic,
@@ -360,11 +348,6 @@ _origins = _list_of(_origin, "origins such as https://example.com")
 _hosts = _list_of(r"([^:/]+|\[[^/]+\])(:[0-9]+)?", "host names such as example.com")
 
 
-_upload_path = _like(
-    r"/(?!\Z|health\Z|sample/)[^\s?#%]+", "a path such as /upload that is not taken"
-)
-
-
 class Setting(Generic[T]):
     """One row of the table: read from text, typed where it is used."""
 
@@ -380,6 +363,13 @@ class Setting(Generic[T]):
         """Say what type it has; the value itself is an attribute of the instance."""
         raise AttributeError("Only a Settings() has values.")
 
+    if TYPE_CHECKING:
+
+        def __set__(
+            self, _: Any, value: T | str | Iterable[str] | os.PathLike[str] | None
+        ) -> None:
+            """Say what it can be given as, to who looks at the types alone."""
+
     def parse(self, text: str, where: str) -> T:
         """Return the value of `text`; raise SettingsError, naming `where` it stood."""
         try:
@@ -394,81 +384,16 @@ class Setting(Generic[T]):
         return os.path.join(folder, value) if is_path else value
 
 
-class Settings:
-    """Everything that can be set, checked: ``Settings(upload_dir="in", sync=False)``.
+if TYPE_CHECKING:  # checkers and editors have it; it makes rows parameters (PEP 681)
+    from typing_extensions import dataclass_transform
+else:
 
-    Keyword arguments are the keys of conf.ini; values are text as written there ("8M"),
-    or plain numbers, booleans and lists.  Raises SettingsError.
-    """
+    def dataclass_transform(**_):
+        return lambda thing: thing
 
-    # fmt: off
-    host = Setting("server", _like(r"\S+", "an address such as 0.0.0.0"), "127.0.0.1",
-        "Address to listen on; 0.0.0.0 means every address of this machine.")
-    port = Setting("server", _port, "8000",
-        "Port to listen on; 0 means any free one.")
-    upload_path = Setting("server", _upload_path,
-        "/upload", "Path of the address that chunks are sent to.")
-    sample_dir = Setting("server", _path, "sample",
-        "Folder of sample pages, served under /sample/; empty turns it off.")
-    certificate = Setting("server", _path, "",
-        "PEM file with the certificate chain; TLS is on when private_key is set too.")
-    private_key = Setting("server", _path, "",
-        "PEM file with the private key of the certificate.")
-    max_connections = Setting("server", _number, "1000",
-        "Connections at one time, 0: no limit; the longest idle one gives way.")
-    timeout = Setting("server", _seconds, "60s",
-        "Longest wait for a request's head, for its next block, and between requests.")
-    trusted_proxies = Setting("server", _networks, "",
-        "Addresses or networks whose X-Forwarded-For, -Host and -Proto are believed.")
 
-    upload_dir = Setting("storage", _required_path, "uploads",
-        "Folder for finished files.")
-    temp_dir = Setting("storage", _path, "",
-        "Folder for unfinished uploads, on the same file system; empty means"
-        " .flowserver inside upload_dir.")
-    sync = Setting("storage", _flag, "on",
-        "Flush to the disk before answering, so that a power cut loses nothing.")
-    on_conflict = Setting("storage", _choice("rename", "replace", "refuse"), "rename",
-        "What to do when the name is taken: rename, replace or refuse.")
-    stale_after = Setting("storage", _seconds, "7d",
-        "Unfinished uploads without activity for this long are removed; 0: never.")
-    keep_receipts = Setting("storage", _seconds, "1h",
-        "How long a finished upload is remembered, to answer repeated chunks.")
-    min_free_space = Setting("storage", _size, "100M",
-        "New uploads are refused when they would leave less free space than this.")
-
-    max_file_size = Setting("limits", _size, "0",
-        "Largest file in bytes; 0 means no limit.")
-    max_chunk_size = Setting("limits", _size, "0",
-        "Largest chunk in bytes; 0 means no limit.")
-    max_uploads = Setting("limits", _number, "10000",
-        "Unfinished uploads at one time; 0 means no limit.")
-
-    chunk_size = Setting("client", _chunk_size, "1M",
-        "Chunk size that the built-in page uses.")
-    parameter_prefix = Setting("client", _text, "",
-        "Prefix of the parameters (resumable.js: parameterNamespace), beside the known"
-        " names.")
-
-    users_file = Setting("access", _path, "",
-        "File of name:hash lines made by --add-user; empty means no login.")
-    allow_origins = Setting("access", _origins, "",
-        "Other origins whose pages may upload, such as https://example.com.")
-    allow_hosts = Setting("access", _hosts, "",
-        "Host names that requests may ask for; empty means any, but only loopback"
-        " names when host is a loopback address.")
-
-    log_file = Setting("log", _path, "",
-        "File for the log, beside stderr; empty means stderr alone.")
-    log_level = Setting("log", _choice("debug", "info", "warning", "error"), "info",
-        "Least serious events to log: debug, info, warning or error.")
-    log_max_size = Setting("log", _size, "10M",
-        "Size at which the log file is rotated.")
-    log_backups = Setting("log", _number, "5",
-        "Rotated log files to keep.")
-    # fmt: on
-    config = ""  # the conf.ini that they come from
-
+@dataclass_transform(kw_only_default=True)
+class _Checked:
     def __init__(self, **values: object) -> None:
         table = settings_table()
         for name in values:
@@ -477,6 +402,86 @@ class Settings:
         for name, setting in table.items():
             text = _as_text(values.get(name, setting.default))
             vars(self)[name] = setting.parse(text, name)
+
+
+class Settings(_Checked):
+    """Everything that can be set, checked: ``Settings(upload_dir="in", sync=False)``.
+
+    Keyword arguments are the keys of conf.ini; values are text as written there ("8M"),
+    or plain numbers, booleans and lists.  Raises SettingsError.
+    """
+
+    # fmt: off
+    host: Setting[str] = Setting("server",
+        _like(r"\S+", "an address such as 0.0.0.0"), "127.0.0.1",
+        "Address to listen on; 0.0.0.0 means every address of this machine.")
+    port: Setting[int] = Setting("server", _port, "8000",
+        "Port to listen on; 0 means any free one.")
+    upload_path: Setting[str] = Setting("server",
+        _like(r"/(?!\Z|health\Z|sample/)[^\s?#%]+", "a free path such as /upload"),
+        "/upload", "Path of the address that chunks are sent to.")
+    sample_dir: Setting[str] = Setting("server", _path, "sample",
+        "Folder of sample pages, served under /sample/; empty turns it off.")
+    certificate: Setting[str] = Setting("server", _path, "",
+        "PEM file with the certificate chain; TLS is on when private_key is set too.")
+    private_key: Setting[str] = Setting("server", _path, "",
+        "PEM file with the private key of the certificate.")
+    max_connections: Setting[int] = Setting("server", _number, "1000",
+        "Connections at one time, 0: no limit; the longest idle one gives way.")
+    timeout: Setting[int] = Setting("server", _seconds, "60s",
+        "Longest wait for a request's head, for its next block, and between requests.")
+    trusted_proxies: Setting[tuple[Any, ...]] = Setting("server", _networks, "",
+        "Addresses or networks whose X-Forwarded-For, -Host and -Proto are believed.")
+
+    upload_dir: Setting[str] = Setting("storage", _required_path, "uploads",
+        "Folder for finished files.")
+    temp_dir: Setting[str] = Setting("storage", _path, "",
+        "Folder for unfinished uploads, on the same file system; empty means"
+        " .flowserver inside upload_dir.")
+    sync: Setting[bool] = Setting("storage", _flag, "on",
+        "Flush to the disk before answering, so that a power cut loses nothing.")
+    on_conflict: Setting[str] = Setting("storage",
+        _choice("rename", "replace", "refuse"), "rename",
+        "What to do when the name is taken: rename, replace or refuse.")
+    stale_after: Setting[int] = Setting("storage", _seconds, "7d",
+        "Unfinished uploads without activity for this long are removed; 0: never.")
+    keep_receipts: Setting[int] = Setting("storage", _seconds, "1h",
+        "How long a finished upload is remembered, to answer repeated chunks.")
+    min_free_space: Setting[int] = Setting("storage", _size, "100M",
+        "New uploads are refused when they would leave less free space than this.")
+
+    max_file_size: Setting[int] = Setting("limits", _size, "0",
+        "Largest file in bytes; 0 means no limit.")
+    max_chunk_size: Setting[int] = Setting("limits", _size, "0",
+        "Largest chunk in bytes; 0 means no limit.")
+    max_uploads: Setting[int] = Setting("limits", _number, "10000",
+        "Unfinished uploads at one time; 0 means no limit.")
+
+    chunk_size: Setting[int] = Setting("client", _chunk_size, "1M",
+        "Chunk size that the built-in page uses.")
+    parameter_prefix: Setting[str] = Setting("client", _text, "",
+        "Prefix of the parameters (resumable.js: parameterNamespace), beside the known"
+        " names.")
+
+    users_file: Setting[str] = Setting("access", _path, "",
+        "File of name:hash lines made by --add-user; empty means no login.")
+    allow_origins: Setting[tuple[str, ...]] = Setting("access", _origins, "",
+        "Other origins whose pages may upload, such as https://example.com.")
+    allow_hosts: Setting[tuple[str, ...]] = Setting("access", _hosts, "",
+        "Host names that requests may ask for; empty means any, but only loopback"
+        " names when host is a loopback address.")
+
+    log_file: Setting[str] = Setting("log", _path, "",
+        "File for the log, beside stderr; empty means stderr alone.")
+    log_level: Setting[str] = Setting("log",
+        _choice("debug", "info", "warning", "error"), "info",
+        "Least serious events to log: debug, info, warning or error.")
+    log_max_size: Setting[int] = Setting("log", _size, "10M",
+        "Size at which the log file is rotated.")
+    log_backups: Setting[int] = Setting("log", _number, "5",
+        "Rotated log files to keep.")
+    # fmt: on
+    config = ""  # the conf.ini that they come from
 
     def __repr__(self) -> str:
         pairs = (f"{name}={getattr(self, name)!r}" for name in settings_table())

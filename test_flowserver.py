@@ -459,9 +459,11 @@ IMPURE_NAMES = frozenset(
     "open os io socket http time tempfile threading shutil print".split()
 )
 PUBLIC_NAMES = frozenset(
-    "Disk Done FlowError FlowHandler FlowHandlerMixin FlowServer Incoming"
-    " MultipartParser Part Request Response Settings Store Upload UploadApp boundary_of"
-    " create_app main safe_path upload_key wsgi_request".split()
+    "Body Conflict Disk Done FlowError FlowHandler FlowHandlerMixin FlowServer"
+    " Forbidden Incoming Malformed MultipartParser Part Progress Request Response"
+    " Settings SettingsError Store TooLarge Trouble Truncated Unauthorized Upload UploadApp"
+    " boundary_of create_app find_config load_settings main safe_path upload_key"
+    " wsgi_request".split()
 )
 CHANGERS = frozenset(
     "add append clear extend insert pop remove setdefault update".split()
@@ -559,6 +561,17 @@ class HouseTest(unittest.TestCase):
                 self.assertEqual(thing.__module__, "flowserver")
                 self.assertTrue(ast.get_docstring(self.definition(name)))
 
+    def test_what_public_functions_return_is_public(self) -> None:
+        classes = {s.name for s in self.tree.body if isinstance(s, ast.ClassDef)}
+        returned = set()
+        for thing in map(self.definition, flowserver.__all__):
+            for one in ast.walk(thing):
+                if isinstance(one, Function) and not one.name.startswith("_"):
+                    parts = ast.walk(one.returns or one)
+                    returned |= {p.id for p in parts if isinstance(p, ast.Name)}
+        self.assertLessEqual({"Body", "Progress", "Response"}, returned)
+        self.assertEqual(returned & classes - set(flowserver.__all__), set())
+
     def definition(self, name: str) -> Any:
         found = [s for s in self.tree.body if getattr(s, "name", "") == name]
         self.assertEqual(len(found), 1)
@@ -606,7 +619,12 @@ class HouseTest(unittest.TestCase):
 
     def test_only_the_standard_library_is_imported(self) -> None:
         names = set()
-        for node in ast.walk(self.tree):
+        nodes = list(ast.walk(self.tree))
+        for node in nodes:
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                for statement in node.body:  # which is never run
+                    nodes.remove(statement)
+        for node in nodes:
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
