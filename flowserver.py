@@ -5395,16 +5395,20 @@ def _serve(server: FlowServer) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, _: signals.put(number))
     server.start()
+    log, folder = server.app.log, server.app.store.upload_dir
+    words = "flowserver %s serves %s, files go to %s"
+    log.info(words, __version__, server.url, escaped(folder))
     print(f"flowserver {__version__}: open {server.url}/ in a browser", flush=True)
     for address in _other_addresses(server):
         print(f"also reachable as {address}/", flush=True)
-    print(f"files go to {server.app.store.upload_dir}", flush=True)
+    print(f"files go to {folder}", flush=True)
     _warn_if_open(server)
     is_ended = False
     while not is_ended:  # no signal ends a wait that it came just before, or on Windows
         with contextlib.suppress(queue.Empty):
             is_ended = signals.get(timeout=0.5) > 0
     server.stop()
+    log.info("flowserver ends")
     return 0
 
 

@@ -461,9 +461,9 @@ IMPURE_NAMES = frozenset(
 PUBLIC_NAMES = frozenset(
     "Body Conflict Disk Done FlowError FlowHandler FlowHandlerMixin FlowServer"
     " Forbidden Incoming Malformed MultipartParser Part Progress Request Response"
-    " Settings SettingsError Store TooLarge Trouble Truncated Unauthorized Upload UploadApp"
-    " boundary_of create_app find_config load_settings main safe_path upload_key"
-    " wsgi_request".split()
+    " Settings SettingsError Store TooLarge Trouble Truncated Unauthorized Upload"
+    " UploadApp boundary_of create_app find_config load_settings main safe_path"
+    " upload_key wsgi_request".split()
 )
 CHANGERS = frozenset(
     "add append clear extend insert pop remove setdefault update".split()
@@ -718,6 +718,11 @@ class ReadmeTest(unittest.TestCase):
         for command in ("python flowserver.py", "python test_flowserver.py"):
             with self.subTest(command):
                 self.assertRegex(self.readme, rf"(?m)^[ $]*{re.escape(command)}$")
+
+    def test_what_its_commands_make_is_no_part_of_the_project(self) -> None:
+        ignored = source_of(os.path.join(HOME, ".gitignore")).splitlines()
+        for name in ("/uploads/", "/users", "*.log"):
+            self.assertIn(name, ignored)
 
     def test_changelog_names_this_version(self) -> None:
         changelog = re.split("(?i)#.*changelog", self.readme)[-1]
@@ -6464,7 +6469,8 @@ class InProcessTest(InFolder):
             """
         for moment in (5, 8, 11):
             how = {"cwd": os.path.dirname(FILE), "check": True}
-            python("-c", program, str(moment), *self.flags, **how)
+            flags = ("--config", "", *self.flags)
+            python("-c", program, str(moment), *flags, **how)
 
     def reachable(self, *hosts: str) -> Tuple[List[str], str]:
         """Return the addresses that are told where the machine's name has `hosts`."""
@@ -6495,7 +6501,11 @@ class InProcessTest(InFolder):
         _, _, err = self.run_server(self.send_hostile, "--log-file", log)
         text = source_of(log)
         self.assertEqual(text, err)
-        self.assertEqual(text.count("\n"), 3)
+        lines = text.splitlines()
+        self.assertEqual(len(lines), 5)
+        words = f"flowserver {flowserver.__version__} serves http://127.0.0.1:"
+        self.assertRegex(lines[0], f"INFO {words}[0-9]+, files go to .*{self.uploads}")
+        self.assertIn("INFO flowserver ends", lines[-1])
         self.assertIn(r'finished "a\u202eb', text.replace("_", r"\u202e"))
         self.assertTrue(text.replace("\n", "").isprintable())
 
