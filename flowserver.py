@@ -58,7 +58,6 @@ __all__ = [
 
 import argparse
 import base64
-import binascii
 import bisect
 import configparser
 import contextlib
@@ -248,17 +247,15 @@ _TIMES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _FLAGS = configparser.ConfigParser.BOOLEAN_STATES  # on, yes, true, 1 and so on
 
 
-def _text(value: str) -> str:
-    return value
+def _matched(pattern: str, value: str, example: str) -> re.Match[str]:
+    match = re.fullmatch(pattern, value)
+    if not match:
+        raise ValueError(f"is not {example}")
+    return match
 
 
 def _like(pattern: str, example: str) -> Callable[[str], str]:
-    def read(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise ValueError(f"is not {example}")
-        return value
-
-    return read
+    return lambda value: _matched(pattern, value, example)[0]
 
 
 def _choice(*choices: str) -> Callable[[str], str]:
@@ -266,25 +263,19 @@ def _choice(*choices: str) -> Callable[[str], str]:
 
 
 def _path(value: str) -> str:
-    for name in map("".join, re.findall(_VARIABLE, value)):
-        if name not in os.environ:
-            raise ValueError(f"names the variable {name}, which is not set")
-    return os.path.expanduser(os.path.expandvars(value))
-
-
-_VARIABLE = r"\$\{?([0-9A-Za-z_]+)" + (r"|%(\w+)%" if os.name == "nt" else "()")
+    path = os.path.expanduser(os.path.expandvars(value))
+    unset = re.search(r"\$\{?\w+\}?" + r"|%\w+%" * (os.name == "nt"), path)
+    if unset:
+        raise ValueError(f"names {unset[0]}, which is not set")
+    return path
 
 
 def _required_path(value: str) -> str:
-    if not value:
-        raise ValueError("is empty, but a folder is needed")
-    return _path(value)
+    return _path(_matched(".+", value, "a folder")[0])
 
 
 def _number(value: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", value):
-        raise ValueError("is not a whole number such as 1000")
-    return int(value)
+    return int(_matched("[0-9]{1,9}", value, "a whole number such as 1000")[0])
 
 
 def _port(value: str) -> int:
@@ -295,30 +286,23 @@ def _port(value: str) -> int:
 
 def _size(value: str) -> int:
     number = r"[0-9]{1,15}|[0-9]{1,9}\.[0-9]{1,3}(?= ?[KMGT])"
-    match = re.fullmatch(f"({number}) ?([KMGT]?)(?:I?B)?", value.upper())
-    if not match:
-        raise ValueError("is not a size such as 1048576, 8M or 1.5G")
+    pattern, example = f"({number}) ?([KMGT]?)(?:I?B)?", "a size such as 64000 or 1.5G"
+    match = _matched(pattern, value.upper(), example)
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def _chunk_size(value: str) -> int:
+    return _size(_matched(".*[1-9].*", value, "a size of 1 byte or more")[0])
+
+
 def _seconds(value: str) -> int:
-    match = re.fullmatch("([0-9]{1,15}) ?([smhd]?)", value.lower())
-    if not match:
-        raise ValueError("is not a time such as 90, 30s, 5m, 12h or 2d")
+    pattern, example = "([0-9]{1,15}) ?([smhd]?)", "a time such as 90, 30s, 12h or 2d"
+    match = _matched(pattern, value.lower(), example)
     return int(match[1]) * _TIMES[match[2]]
 
 
-def _chunk_size(value: str) -> int:
-    size = _size(value)
-    if not size:
-        raise ValueError("is too small: a chunk has at least 1 byte")
-    return size
-
-
 def _flag(value: str) -> bool:
-    if value.lower() not in _FLAGS:
-        raise ValueError("is neither on nor off")
-    return _FLAGS[value.lower()]
+    return _FLAGS[_matched("|".join(_FLAGS), value.lower(), "on or off")[0]]
 
 
 def _names(value: str) -> tuple[str, ...]:
@@ -329,17 +313,12 @@ def _networks(value: str) -> tuple[Any, ...]:
     try:
         return tuple(ipaddress.ip_network(name, strict=False) for name in _names(value))
     except ValueError as error:
-        raise ValueError("is no list such as 127.0.0.1, 10.0.0.0/8") from error
+        raise ValueError("is not a list such as 127.0.0.1, 10.0.0.0/8") from error
 
 
 def _list_of(pattern: str, example: str) -> Callable[[str], tuple[str, ...]]:
-    def read(value: str) -> tuple[str, ...]:
-        names = _names(value.lower())
-        if not all(re.fullmatch(pattern, name) for name in names):
-            raise ValueError(f"is no list of {example}")
-        return names
-
-    return read
+    read = _like(pattern, f"a list of {example}")
+    return lambda value: tuple(map(read, _names(value.lower())))
 
 
 # Pages of applications come from file://.
@@ -368,7 +347,7 @@ class Setting(Generic[T]):
         def __set__(
             self, _: Any, value: T | str | Iterable[str] | os.PathLike[str] | None
         ) -> None:
-            """Say what it can be given as, to who looks at the types alone."""
+            """Say what a Settings() may be given; nothing is set later."""
 
     def parse(self, text: str, where: str) -> T:
         """Return the value of `text`; raise SettingsError, naming `where` it stood."""
@@ -392,7 +371,7 @@ else:
         return lambda thing: thing
 
 
-@dataclass_transform(kw_only_default=True)
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 class _Checked:
     def __init__(self, **values: object) -> None:
         table = settings_table()
@@ -459,7 +438,7 @@ class Settings(_Checked):
 
     chunk_size: Setting[int] = Setting("client", _chunk_size, "1M",
         "Chunk size that the built-in page uses.")
-    parameter_prefix: Setting[str] = Setting("client", _text, "",
+    parameter_prefix: Setting[str] = Setting("client", str, "",
         "Prefix of the parameters (resumable.js: parameterNamespace), beside the known"
         " names.")
 
@@ -511,7 +490,7 @@ def load_settings(config: str, flags: Mapping[str, str]) -> Settings:
     for name, text in flags.items():
         flag = "--" + name.replace("_", "-")
         vars(settings)[name] = table[name].parse_in(os.getcwd(), text, flag)
-    settings.config = config
+    vars(settings)["config"] = config
     return settings
 
 
@@ -3565,6 +3544,7 @@ _USER_LINE = re.compile(  # with rounds for five seconds at most
     r"([^#:][^:]*):(pbkdf2_sha256\$[1-9][0-9]{0,6}\$[^$]+\$[0-9a-f]{64})"
 )
 _PATIENT_SECONDS = 1.0  # so long nobody gives up who waits for a login
+_LOGIN_REQUIRED = "A name and a password are needed here."
 
 
 def hash_password(password: str, salt: str = "", rounds: int = _HASH_ROUNDS) -> str:
@@ -3632,21 +3612,18 @@ class Users:
                 return name  # verified while this one waited
             if time.monotonic() - began > _PATIENT_SECONDS and has_gone():
                 raise Truncated("The client has gone.")
-            self._verify(name, password, hashes)
+            kept = hashes.get(name, self._nobody)
+            _, rounds, salt, _ = kept.split("$")
+            given = hash_password(password, salt, int(rounds))
+            is_right = hmac.compare_digest(given.encode(), kept.encode())
+            if not is_right or name not in hashes:
+                raise Unauthorized(_LOGIN_REQUIRED)
             with self._lock:
                 if stamp == self._stamp:  # else the password may have been changed
                     if len(self._verified) > 1000:
                         self._verified.clear()
                     self._verified[digest] = name
         return name
-
-    def _verify(self, name: str, password: str, hashes: Mapping[str, str]) -> None:
-        kept = hashes.get(name, self._nobody)
-        _, rounds, salt, _ = kept.split("$")
-        given = hash_password(password, salt, int(rounds))
-        is_right = hmac.compare_digest(given.encode(), kept.encode())
-        if not is_right or name not in hashes:
-            raise _login_required()
 
 
 def _parse_users(lines: Iterable[str]) -> dict[str, str]:
@@ -3663,20 +3640,14 @@ def _parse_users(lines: Iterable[str]) -> dict[str, str]:
     return hashes
 
 
-def _login_required() -> Unauthorized:
-    return Unauthorized("A name and a password are needed here.")
-
-
 def _credentials(header: str) -> tuple[str, str]:
     scheme, _, text = header.partition(" ")
-    if scheme.lower() != "basic":
-        raise _login_required()
-    try:
-        decoded = base64.b64decode(text.strip(), validate=True).decode("utf-8")
-    except (binascii.Error, ValueError) as error:
-        raise _login_required() from error
+    decoded = "\0"
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            decoded = base64.b64decode(text.strip(), validate=True).decode("utf-8")
     if "\0" in decoded:  # HMAC takes a key and the same key with zeros for one
-        raise _login_required()
+        raise Unauthorized(_LOGIN_REQUIRED)
     name, _, password = decoded.partition(":")
     return name, password
 
@@ -4024,11 +3995,9 @@ class UploadApp:
         self.settings = Settings() if settings is None else settings
         _require_type("UploadApp()", self.settings, Settings)
         self.log = logging.getLogger("flowserver")
-        hooks: dict[str, object] = {"on_complete": on_complete, "place": place}
-        hooks.update({"authorize": authorize, "owner": owner})
-        for name, hook in hooks.items():
-            if hook is not None and not callable(hook):
-                raise TypeError(f"{name} is no function: {hook!r}")
+        for hook in (on_complete, authorize, owner, place):
+            if not (hook is None or callable(hook)):
+                raise TypeError(f"UploadApp() takes functions, not {hook!r}")
         self._on_complete = on_complete
         self._place = place
         self._any_path = any_path
@@ -4815,16 +4784,13 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
             scheme="https" if self.server.tls is not None else "http",
             is_loopback=self.server.is_loopback,
             fill=self.wire.fill,
-            has_gone=self.has_gone,
+            has_gone=self._has_gone,
         )
 
-    def has_gone(self) -> bool:
-        """Whether the client has hung up, although bytes of it may wait; on Linux."""
-        with contextlib.suppress(AttributeError, OSError):
-            info = getattr(socket, "TCP_INFO")
-            state = self.connection.getsockopt(socket.IPPROTO_TCP, info, 1)[0]
-            return state in (7, 8)  # TCP_CLOSE, TCP_CLOSE_WAIT
-        return False
+    def _has_gone(self) -> bool:  # although bytes of it may wait; Linux alone says so
+        tcp, info = socket.IPPROTO_TCP, getattr(socket, "TCP_INFO", 0)
+        state = self.connection.getsockopt(tcp, info, 1)[0] if info else 0
+        return state in (7, 8)  # TCP_CLOSE, TCP_CLOSE_WAIT
 
     def _refuse(self, error: Malformed) -> None:
         log = self.server.app.log
@@ -5123,61 +5089,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _add_user(settings, user)
         if is_check:
             return _check(settings)
-        _require_apart(settings)
-    except SettingsError as error:
-        return _fail(2, str(error))
-    try:
-        _start_log(settings)
-    except OSError as error:
-        return _fail(1, f"The log can't be written: {error}.")
-    try:
-        _raise_descriptor_limit()
-        server = FlowServer(UploadApp(settings))
-    except SettingsError as error:
-        return _fail(2, str(error))
+        server = _prepared(settings)
     except FlowError as error:
-        return _fail(1, str(error))
-    except (OSError, TypeError) as error:  # TypeError: a host that IDNA can't encode
-        where = f"{settings.host}, port {settings.port}"
-        return _fail(1, f"The server can't listen on {where}: {error}.")
+        print(f"flowserver: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
     return _serve(server)
 
 
+def _prepared(settings: Settings) -> FlowServer:
+    """Return a server that is not started; raises SettingsError and Trouble."""
+    _require_apart(settings)
+    try:
+        _start_log(settings)
+    except OSError as error:
+        raise Trouble(f"The log can't be written: {error}.") from error
+    _raise_descriptor_limit()
+    try:
+        return FlowServer(UploadApp(settings))
+    except (OSError, TypeError) as error:  # TypeError: a host that IDNA can't encode
+        where = f"{settings.host}, port {settings.port}"
+        raise Trouble(f"The server can't listen on {where}: {error}.") from error
+
+
 def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flowserver.py",
-        description="Take chunked, resumable uploads of browsers.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="Settings file (else FLOWSERVER_CONFIG, else conf.ini beside this file).",
-    )
-    parser.add_argument(
-        "--add-user",
-        metavar="NAME",
-        help="Ask for a password, put the user into users_file, and exit.",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="Try what the store needs of the configured folders, and exit.",
-    )
+    about = "Take chunked, resumable uploads of browsers."
+    parser = argparse.ArgumentParser("flowserver.py", None, about, allow_abbrev=False)
+    add = parser.add_argument
+    add("--version", action="version", version=__version__)
+    text = "Settings file (else FLOWSERVER_CONFIG, else conf.ini beside this file)."
+    add("--config", metavar="FILE", help=text)
+    text = "Ask for a password, put the user into users_file, and exit."
+    add("--add-user", metavar="NAME", help=text)
+    text = "Try what the store needs of the configured folders, and exit."
+    add("--check", action="store_true", help=text)
     for name, setting in settings_table().items():
         default = f" [{setting.default}]" if setting.default else ""
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            metavar="VALUE",
-            help=(setting.sentence + default).replace("%", "%%"),
-        )
+        text = (setting.sentence + default).replace("%", "%%")
+        add("--" + name.replace("_", "-"), metavar="VALUE", help=text)
     return parser
-
-
-def _fail(status: int, sentence: str) -> int:
-    print(f"flowserver: {sentence}", file=sys.stderr)
-    return status
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
@@ -5231,11 +5180,8 @@ def _start_log(settings: Settings) -> None:
 def _add_user(settings: Settings, name: str) -> int:
     """Put a user into users_file, or give one another password."""
     if not settings.users_file:
-        raise SettingsError(
-            "Say where users are kept: set users_file in conf.ini first."
-        )
-    is_plain = name.isprintable() and name == name.strip() and ":" not in name
-    if not name or not is_plain or name.startswith("#"):
+        raise SettingsError("Say where users are kept: set users_file first.")
+    if not name.isprintable() or not re.fullmatch(r"[^\s#:]([^:]*[^\s:])?", name):
         raise SettingsError(f"{quoted(name)} can't be the name of a user.")
     line = f"{name}:{hash_password(_ask_password(name))}"
     path = os.path.realpath(settings.users_file)  # a link to it stays one
@@ -5245,7 +5191,7 @@ def _add_user(settings: Settings, name: str) -> int:
             is_new = len(others) == len(lines)
             lines[:] = [*others, line]
     except (OSError, UnicodeDecodeError) as error:
-        return _fail(1, f"The file of users {path} can't be changed: {error}.")
+        raise Trouble(f"The file of users can't be changed: {error}.") from error
     what = f"{name} is added" if is_new else f"{name}'s password is changed"
     print(f"{what} ({path}).")
     return 0
@@ -5281,10 +5227,9 @@ def _changing(path: str) -> Iterator[list[str]]:
             if os.path.exists(path):
                 with open(path, encoding="utf-8-sig") as old:
                     lines = [line.rstrip("\n") for line in old]
-                    status = os.fstat(old.fileno())
                 if hasattr(os, "chown"):
-                    os.chown(new, status.st_uid, status.st_gid)
-                os.chmod(new, stat.S_IMODE(status.st_mode))
+                    os.chown(new, os.stat(path).st_uid, os.stat(path).st_gid)
+                shutil.copymode(path, new)
             yield lines
             file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
             file.flush()
@@ -5417,11 +5362,10 @@ def _other_addresses(server: FlowServer) -> list[str]:
     if server.server_name not in ("0.0.0.0", "::"):
         return []
     found = []
-    for family, outside in _OUTSIDE:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
         with contextlib.suppress(OSError):
-            with socket.socket(family, socket.SOCK_DGRAM) as route:
-                route.connect((outside, 9))  # sends nothing
-                found.append(route.getsockname()[0])
+            route.connect(("192.0.2.1", 9))  # sends nothing; RFC 5737: nobody's
+            found.append(route.getsockname()[0])
     with contextlib.suppress(OSError, UnicodeError):
         entries = socket.getaddrinfo(socket.gethostname(), None)
         found += [str(entry[4][0]).partition("%")[0] for entry in entries]
@@ -5431,10 +5375,6 @@ def _other_addresses(server: FlowServer) -> list[str]:
         if is_served and not address.is_loopback and not address.is_link_local:
             urls.append(server.url_of(str(address)))
     return list(dict.fromkeys(urls))
-
-
-# Addresses of documentation (RFC 5737, RFC 3849), which nobody has.
-_OUTSIDE = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 
 
 if __name__ == "__main__":

@@ -4407,7 +4407,7 @@ class EmbeddingTest(unittest.TestCase):
 
     def test_what_can_not_be_called_is_refused_at_once(self) -> None:
         for name in ("on_complete", "authorize", "owner", "place"):
-            with self.assertRaisesRegex(TypeError, f"{name} .* 'print'"):
+            with self.assertRaisesRegex(TypeError, "functions, not 'print'"):
                 with application(**{name: "print"}):
                     pass
 

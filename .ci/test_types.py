@@ -43,6 +43,7 @@ WRONG = {
     'UploadApp("uploads")': '"UploadApp" has incompatible type',
     "text: str = Settings().port": "Incompatible types in assignment",
     "Settings().prot": "prot",
+    "Settings().port = 80": "read-only",
 }
 
 
