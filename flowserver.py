@@ -45,33 +45,19 @@ a *sender* who sent a range of it.
 from __future__ import annotations
 
 __version__ = "1.1.0"
+# fmt: off
 __all__ = [
-    "Disk",
-    "Done",
-    "FlowError",
-    "FlowHandler",
-    "FlowHandlerMixin",
-    "FlowServer",
-    "Incoming",
-    "MultipartParser",
-    "Part",
-    "Request",
-    "Response",
-    "Settings",
-    "Store",
-    "Upload",
-    "UploadApp",
-    "boundary_of",
-    "create_app",
-    "main",
-    "safe_path",
-    "upload_key",
-    "wsgi_request",
+    "Body", "Conflict", "Disk", "Done", "FlowError", "FlowHandler", "FlowHandlerMixin",
+    "FlowServer", "Forbidden", "Incoming", "Malformed", "MultipartParser", "Part",
+    "Progress", "Request", "Response", "Settings", "SettingsError", "Status", "Store",
+    "TooLarge", "Trouble", "Truncated", "Unauthorized", "Upload", "UploadApp", "Whole",
+    "boundary_of", "create_app", "find_config", "load_settings", "main", "safe_path",
+    "upload_key", "wsgi_request",
 ]
+# fmt: on
 
 import argparse
 import base64
-import binascii
 import bisect
 import configparser
 import contextlib
@@ -108,6 +94,7 @@ import unicodedata
 import urllib.parse
 import zlib
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Generic,
@@ -217,6 +204,11 @@ class SettingsError(FlowError):
     """A setting that can't be understood; the sentence names where it stands."""
 
 
+def reason_of(error: BaseException | None) -> str:
+    """Return in one line what is wrong: of the system's errors their words alone."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
     """Turn an error of the operating system into a sentence for people."""
@@ -257,17 +249,15 @@ _TIMES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _FLAGS = configparser.ConfigParser.BOOLEAN_STATES  # on, yes, true, 1 and so on
 
 
-def _text(value: str) -> str:
-    return value
+def _matched(pattern: str, value: str, example: str) -> re.Match[str]:
+    match = re.fullmatch(pattern, value)
+    if not match:
+        raise ValueError(f"is not {example}")
+    return match
 
 
 def _like(pattern: str, example: str) -> Callable[[str], str]:
-    def read(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise ValueError(f"is not {example}")
-        return value
-
-    return read
+    return lambda value: _matched(pattern, value, example)[0]
 
 
 def _choice(*choices: str) -> Callable[[str], str]:
@@ -275,19 +265,19 @@ def _choice(*choices: str) -> Callable[[str], str]:
 
 
 def _path(value: str) -> str:
-    return os.path.expanduser(os.path.expandvars(value))
+    path = os.path.expanduser(os.path.expandvars(value))
+    unset = re.search(r"\$\{?\w+\}?" + r"|%\w+%" * (os.name == "nt"), path)
+    if unset:
+        raise ValueError(f"names {unset[0]}, which is not set")
+    return path
 
 
 def _required_path(value: str) -> str:
-    if not value:
-        raise ValueError("is empty, but a folder is needed")
-    return _path(value)
+    return _path(_matched(".+", value, "a folder")[0])
 
 
 def _number(value: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", value):
-        raise ValueError("is not a whole number such as 1000")
-    return int(value)
+    return int(_matched("[0-9]{1,9}", value, "a whole number such as 1000")[0])
 
 
 def _port(value: str) -> int:
@@ -296,34 +286,25 @@ def _port(value: str) -> int:
     return int(value)
 
 
-def _measure(value: str, units: Mapping[str, int], complaint: str) -> int:
-    match = re.fullmatch("([0-9]{1,15}) ?([A-Za-z]?)", value)
-    if not match or match[2] not in units:
-        raise ValueError(complaint)
-    return int(match[1]) * units[match[2]]
-
-
 def _size(value: str) -> int:
-    return _measure(value.upper(), _UNITS, "is not a size such as 1048576, 8M or 10G")
-
-
-def _seconds(value: str) -> int:
-    return _measure(
-        value.lower(), _TIMES, "is not a time such as 90, 30s, 5m, 12h or 2d"
-    )
+    number = r"[0-9]{1,15}|[0-9]{1,9}\.[0-9]{1,3}(?= ?[KMGT])"
+    pattern, example = f"({number}) ?([KMGT]?)(?:I?B)?", "a size such as 64000 or 1.5G"
+    match = _matched(pattern, value.upper(), example)
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _chunk_size(value: str) -> int:
-    size = _size(value)
-    if not size:
-        raise ValueError("is too small: a chunk has at least 1 byte")
-    return size
+    return _size(_matched(".*[1-9].*", value, "a size of 1 byte or more")[0])
+
+
+def _seconds(value: str) -> int:
+    pattern, example = "([0-9]{1,15}) ?([smhd]?)", "a time such as 90, 30s, 12h or 2d"
+    match = _matched(pattern, value.lower(), example)
+    return int(match[1]) * _TIMES[match[2]]
 
 
 def _flag(value: str) -> bool:
-    if value.lower() not in _FLAGS:
-        raise ValueError("is neither on nor off")
-    return _FLAGS[value.lower()]
+    return _FLAGS[_matched("|".join(_FLAGS), value.lower(), "on or off")[0]]
 
 
 def _names(value: str) -> tuple[str, ...]:
@@ -334,17 +315,12 @@ def _networks(value: str) -> tuple[Any, ...]:
     try:
         return tuple(ipaddress.ip_network(name, strict=False) for name in _names(value))
     except ValueError as error:
-        raise ValueError("is no list such as 127.0.0.1, 10.0.0.0/8") from error
+        raise ValueError("is not a list such as 127.0.0.1, 10.0.0.0/8") from error
 
 
 def _list_of(pattern: str, example: str) -> Callable[[str], tuple[str, ...]]:
-    def read(value: str) -> tuple[str, ...]:
-        names = _names(value.lower())
-        if not all(re.fullmatch(pattern, name) for name in names):
-            raise ValueError(f"is no list of {example}")
-        return names
-
-    return read
+    read = _like(pattern, f"a list of {example}")
+    return lambda value: tuple(map(read, _names(value.lower())))
 
 
 # Pages of applications come from file://.
@@ -368,6 +344,13 @@ class Setting(Generic[T]):
         """Say what type it has; the value itself is an attribute of the instance."""
         raise AttributeError("Only a Settings() has values.")
 
+    if TYPE_CHECKING:
+
+        def __set__(
+            self, _: Any, value: T | str | Iterable[str] | os.PathLike[str] | None
+        ) -> None:
+            """Say what a Settings() may be given; nothing is set later."""
+
     def parse(self, text: str, where: str) -> T:
         """Return the value of `text`; raise SettingsError, naming `where` it stood."""
         try:
@@ -382,81 +365,16 @@ class Setting(Generic[T]):
         return os.path.join(folder, value) if is_path else value
 
 
-class Settings:
-    """Everything that can be set, checked: ``Settings(upload_dir="in", sync=False)``.
+if TYPE_CHECKING:  # checkers and editors have it; it makes rows parameters (PEP 681)
+    from typing_extensions import dataclass_transform
+else:
 
-    Keyword arguments are the keys of conf.ini; values are text as written there ("8M"),
-    or plain numbers, booleans and lists.  Raises SettingsError.
-    """
+    def dataclass_transform(**_):
+        return lambda thing: thing
 
-    # fmt: off
-    host = Setting("server", _like(r"\S+", "an address such as 0.0.0.0"), "127.0.0.1",
-        "Address to listen on; 0.0.0.0 means every address of this machine.")
-    port = Setting("server", _port, "8000",
-        "Port to listen on; 0 means any free one.")
-    upload_path = Setting("server", _like(r"/[^\s?#%]*", "a path such as /upload"),
-        "/upload", "Path of the address that chunks are sent to.")
-    sample_dir = Setting("server", _path, "sample",
-        "Folder of sample pages, served under /sample/; empty turns it off.")
-    certificate = Setting("server", _path, "",
-        "PEM file with the certificate chain; TLS is on when private_key is set too.")
-    private_key = Setting("server", _path, "",
-        "PEM file with the private key of the certificate.")
-    max_connections = Setting("server", _number, "1000",
-        "Connections at one time; the one that has been idle longest gives way.")
-    timeout = Setting("server", _seconds, "60s",
-        "Longest wait for a request's head, for its next block, and between requests.")
-    trusted_proxies = Setting("server", _networks, "",
-        "Addresses or networks whose X-Forwarded-For, -Host and -Proto are believed.")
 
-    upload_dir = Setting("storage", _required_path, "uploads",
-        "Folder for finished files.")
-    temp_dir = Setting("storage", _path, "",
-        "Folder for unfinished uploads, on the same file system; empty means"
-        " .flowserver inside upload_dir.")
-    sync = Setting("storage", _flag, "on",
-        "Flush to the disk before answering, so that a power cut loses nothing.")
-    on_conflict = Setting("storage", _choice("rename", "replace", "refuse"), "rename",
-        "What to do when the name is taken: rename, replace or refuse.")
-    stale_after = Setting("storage", _seconds, "7d",
-        "Unfinished uploads without activity for this long are removed; 0: never.")
-    keep_receipts = Setting("storage", _seconds, "1h",
-        "How long a finished upload is remembered, to answer repeated chunks.")
-    min_free_space = Setting("storage", _size, "100M",
-        "New uploads are refused when they would leave less free space than this.")
-
-    max_file_size = Setting("limits", _size, "0",
-        "Largest file in bytes; 0 means no limit.")
-    max_chunk_size = Setting("limits", _size, "0",
-        "Largest chunk in bytes; 0 means no limit.")
-    max_uploads = Setting("limits", _number, "10000",
-        "Unfinished uploads at one time; 0 means no limit.")
-
-    chunk_size = Setting("client", _chunk_size, "1M",
-        "Chunk size that the built-in page uses.")
-    parameter_prefix = Setting("client", _text, "",
-        "Prefix of the parameters (resumable.js: parameterNamespace), beside the known"
-        " names.")
-
-    users_file = Setting("access", _path, "",
-        "File of name:hash lines made by --add-user; empty means no login.")
-    allow_origins = Setting("access", _origins, "",
-        "Other origins whose pages may upload, such as https://example.com.")
-    allow_hosts = Setting("access", _hosts, "",
-        "Host names that requests may ask for; empty means any, but only loopback"
-        " names when host is a loopback address.")
-
-    log_file = Setting("log", _path, "",
-        "File for the log, beside stderr; empty means stderr alone.")
-    log_level = Setting("log", _choice("debug", "info", "warning", "error"), "info",
-        "Least serious events to log: debug, info, warning or error.")
-    log_max_size = Setting("log", _size, "10M",
-        "Size at which the log file is rotated.")
-    log_backups = Setting("log", _number, "5",
-        "Rotated log files to keep.")
-    # fmt: on
-    config = ""  # the conf.ini that they come from
-
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class _Checked:
     def __init__(self, **values: object) -> None:
         table = settings_table()
         for name in values:
@@ -465,6 +383,86 @@ class Settings:
         for name, setting in table.items():
             text = _as_text(values.get(name, setting.default))
             vars(self)[name] = setting.parse(text, name)
+
+
+class Settings(_Checked):
+    """Everything that can be set, checked: ``Settings(upload_dir="in", sync=False)``.
+
+    Keyword arguments are the keys of conf.ini; values are text as written there ("8M"),
+    or plain numbers, booleans and lists.  Raises SettingsError.
+    """
+
+    # fmt: off
+    host: Setting[str] = Setting("server",
+        _like(r"\S+", "an address such as 0.0.0.0"), "127.0.0.1",
+        "Address to listen on; 0.0.0.0 means every address of this machine.")
+    port: Setting[int] = Setting("server", _port, "8000",
+        "Port to listen on; 0 means any free one.")
+    upload_path: Setting[str] = Setting("server",
+        _like(r"/(?!\Z|health\Z|sample/)[^\s?#%]+", "a free path such as /upload"),
+        "/upload", "Path of the address that chunks are sent to.")
+    sample_dir: Setting[str] = Setting("server", _path, "sample",
+        "Folder of sample pages, served under /sample/; empty turns it off.")
+    certificate: Setting[str] = Setting("server", _path, "",
+        "PEM file with the certificate chain; TLS is on when private_key is set too.")
+    private_key: Setting[str] = Setting("server", _path, "",
+        "PEM file with the private key of the certificate.")
+    max_connections: Setting[int] = Setting("server", _number, "1000",
+        "Connections at one time, 0: no limit; the longest idle one gives way.")
+    timeout: Setting[int] = Setting("server", _seconds, "60s",
+        "Longest wait for a request's head, for its next block, and between requests.")
+    trusted_proxies: Setting[tuple[Any, ...]] = Setting("server", _networks, "",
+        "Addresses or networks whose X-Forwarded-For, -Host and -Proto are believed.")
+
+    upload_dir: Setting[str] = Setting("storage", _required_path, "uploads",
+        "Folder for finished files.")
+    temp_dir: Setting[str] = Setting("storage", _path, "",
+        "Folder for unfinished uploads, on the same file system; empty means"
+        " .flowserver inside upload_dir.")
+    sync: Setting[bool] = Setting("storage", _flag, "on",
+        "Flush to the disk before answering, so that a power cut loses nothing.")
+    on_conflict: Setting[str] = Setting("storage",
+        _choice("rename", "replace", "refuse"), "rename",
+        "What to do when the name is taken: rename, replace or refuse.")
+    stale_after: Setting[int] = Setting("storage", _seconds, "7d",
+        "Unfinished uploads without activity for this long are removed; 0: never.")
+    keep_receipts: Setting[int] = Setting("storage", _seconds, "1h",
+        "How long a finished upload is remembered, to answer repeated chunks.")
+    min_free_space: Setting[int] = Setting("storage", _size, "100M",
+        "New uploads are refused when they would leave less free space than this.")
+
+    max_file_size: Setting[int] = Setting("limits", _size, "0",
+        "Largest file in bytes; 0 means no limit.")
+    max_chunk_size: Setting[int] = Setting("limits", _size, "0",
+        "Largest chunk in bytes; 0 means no limit.")
+    max_uploads: Setting[int] = Setting("limits", _number, "10000",
+        "Unfinished uploads at one time; 0 means no limit.")
+
+    chunk_size: Setting[int] = Setting("client", _chunk_size, "1M",
+        "Chunk size that the built-in page uses.")
+    parameter_prefix: Setting[str] = Setting("client", str, "",
+        "Prefix of the parameters (resumable.js: parameterNamespace), beside the known"
+        " names.")
+
+    users_file: Setting[str] = Setting("access", _path, "",
+        "File of name:hash lines made by --add-user; empty means no login.")
+    allow_origins: Setting[tuple[str, ...]] = Setting("access", _origins, "",
+        "Other origins whose pages may upload, such as https://example.com.")
+    allow_hosts: Setting[tuple[str, ...]] = Setting("access", _hosts, "",
+        "Host names that requests may ask for; empty means any, but only loopback"
+        " names when host is a loopback address.")
+
+    log_file: Setting[str] = Setting("log", _path, "",
+        "File for the log, beside stderr; empty means stderr alone.")
+    log_level: Setting[str] = Setting("log",
+        _choice("debug", "info", "warning", "error"), "info",
+        "Least serious events to log: debug, info, warning or error.")
+    log_max_size: Setting[int] = Setting("log", _size, "10M",
+        "Size at which the log file is rotated.")
+    log_backups: Setting[int] = Setting("log", _number, "5",
+        "Rotated log files to keep.")
+    # fmt: on
+    config = ""  # the conf.ini that they come from
 
     def __repr__(self) -> str:
         pairs = (f"{name}={getattr(self, name)!r}" for name in settings_table())
@@ -494,7 +492,7 @@ def load_settings(config: str, flags: Mapping[str, str]) -> Settings:
     for name, text in flags.items():
         flag = "--" + name.replace("_", "-")
         vars(settings)[name] = table[name].parse_in(os.getcwd(), text, flag)
-    settings.config = config
+    vars(settings)["config"] = config
     return settings
 
 
@@ -505,8 +503,7 @@ def _read_config(path: str) -> dict[str, object]:
             # An indented line is a line of its own, not more of the value before it.
             parser.read_file((line.lstrip() for line in file), path)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise SettingsError(f"{path} can't be read: {reason}.") from error
+        raise SettingsError(f"{path} can't be read: {reason_of(error)}.") from error
     sections = {setting.section for setting in settings_table().values()}
     values: dict[str, object] = {}
     for section in parser.sections():
@@ -522,6 +519,8 @@ def _checked_entry(section: str, key: str, text: str, path: str) -> object:
     setting = settings_table().get(key)
     if setting is None or setting.section != section:
         raise SettingsError(f'{where}: there is no such key (its value is "{text}").')
+    if re.search(r"(^|\s)[;#]", text):
+        raise SettingsError(f'{where}: "{text}": a comment needs a line of its own.')
     return setting.parse_in(os.path.dirname(os.path.abspath(path)), text, where)
 
 
@@ -3035,14 +3034,11 @@ class Store:
     # Folders
 
     def _make_folders(self) -> None:
-        os.makedirs(self.upload_dir, exist_ok=True)
+        self._make_folder(self.upload_dir, 0o777)
         for path in (self.temp_dir, self.state_dir):
             if os.path.exists(path) and os.path.samefile(path, self.upload_dir):
                 raise Trouble("Clients could replace what is in temp_dir.")
-            try:
-                self.disk.make_folder(path, 0o700)
-            except OSError as error:
-                raise Trouble(f"{path} can't be made: {error.strerror}.") from error
+            self._make_folder(path, 0o700)
         if os.stat(self.upload_dir).st_dev != os.stat(self.state_dir).st_dev:
             raise Trouble(
                 f"temp_dir {self.temp_dir} is not on the same file system as upload_dir"
@@ -3051,6 +3047,16 @@ class Store:
         parent = os.path.realpath(os.path.dirname(self.temp_dir))
         for path in (self.upload_dir, parent, self.temp_dir):
             self.disk.flush_names(path)
+
+    def _make_folder(self, path: str, mode: int) -> None:
+        """Make a folder where it is missing, but none above it."""
+        try:
+            self.disk.make_folder(path, mode)
+        except FileNotFoundError as error:
+            parent = os.path.dirname(path)
+            raise Trouble(f"{parent} does not exist (is its disk mounted?).") from error
+        except OSError as error:
+            raise Trouble(f"{path} can't be made: {error.strerror}.") from error
 
     def _try_links(self) -> None:
         """Find out whether files can have two names here; publication relies on it."""
@@ -3636,6 +3642,7 @@ class Request(NamedTuple):
     user: str = ""  # who is logged in
     mount: str = ""  # where a WSGI application is mounted
     base: str = ""  # the last word of the address, for what is below it
+    has_gone: Callable[[], bool] = bool  # whether the client is seen to have hung up
 
     @property
     def who(self) -> str:
@@ -3987,7 +3994,8 @@ class Content:
             if request.fill:
                 buffer, size = request.fill(not self._files)
             else:
-                assert request.read is not None
+                if request.read is None:
+                    raise Malformed("The request has a length, but nothing to read.")
                 try:
                     buffer = request.read(min(BLOCK_SIZE, self._left))
                 except OSError as error:
@@ -4054,6 +4062,11 @@ class Content:
 # never asked.
 
 _HASH_ROUNDS = 200_000  # about a tenth of a second, and one is computed at a time
+_USER_LINE = re.compile(  # with rounds for five seconds at most
+    r"([^#:][^:]*):(pbkdf2_sha256\$[1-9][0-9]{0,6}\$[^$]+\$[0-9a-f]{64})"
+)
+_PATIENT_SECONDS = 1.0  # so long nobody gives up who waits for a login
+_LOGIN_REQUIRED = "A name and a password are needed here."
 
 
 def hash_password(password: str, salt: str = "", rounds: int = _HASH_ROUNDS) -> str:
@@ -4070,7 +4083,10 @@ class Users:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
+        # One hash at a time: guessing must not take every core.  Of those who wait for
+        # it each household is one, so that its guesses hold up nobody else.
         self._hashing = threading.Lock()
+        self._doors = [threading.Lock() for _ in range(256)]
         self._stamp: tuple[int, ...] = ()
         self._hashes: dict[str, str] = {}
         self._verified: dict[bytes, str] = {}
@@ -4079,8 +4095,8 @@ class Users:
         try:
             self._load()
         except Trouble as error:
-            cause = error.__cause__
-            raise SettingsError(f"users_file can't be read: {cause}.") from cause
+            cause, reason = error.__cause__, reason_of(error.__cause__)
+            raise SettingsError(f"users_file {path}: {reason}.") from cause
 
     def _load(self) -> None:
         try:
@@ -4088,65 +4104,72 @@ class Users:
             stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
             if stamp == self._stamp:
                 return
-            with open(self._path, encoding="utf-8") as file:
-                lines = [line.strip().partition(":") for line in file if ":" in line]
-        except (OSError, UnicodeDecodeError) as error:
+            with open(self._path, encoding="utf-8-sig") as file:
+                self._hashes = _parse_users(file)
+        except (OSError, ValueError) as error:
             raise Trouble("The file of users can't be read.") from error
-        self._hashes = {name: text for name, _, text in lines}
         self._verified.clear()
         self._stamp = stamp
 
-    def authenticate(self, header: str) -> str:
+    def authenticate(
+        self, header: str, client: str = "", has_gone: Callable[[], bool] = bool
+    ) -> str:
         """Return the user of an Authorization header (Basic, RFC 7617).
 
         Raises Unauthorized, with the same words and after the same time for a wrong
-        name as for a wrong password.
+        name as for a wrong password; Truncated when the client has gone meanwhile.
         """
-        digest = hashlib.blake2b(header.encode("latin-1", "replace"), key=self._key)
+        known = hashlib.blake2b(header.encode("latin-1", "replace"), key=self._key)
+        digest, began = known.digest(), time.monotonic()
         with self._lock:
             self._load()
-            user = self._verified.get(digest.digest())
+            user = self._verified.get(digest)
             stamp, hashes = self._stamp, self._hashes
         if user is not None:
             return user
         name, password = _credentials(header)
-        with self._hashing:  # one at a time: guessing must not take every core
-            if self._verified.get(digest.digest()) == name:
+        door = self._doors[hash(_household(client)) % len(self._doors)]
+        with door, self._hashing:
+            if self._verified.get(digest) == name:
                 return name  # verified while this one waited
-            self._verify(name, password, hashes)
+            if time.monotonic() - began > _PATIENT_SECONDS and has_gone():
+                raise Truncated("The client has gone.")
+            kept = hashes.get(name, self._nobody)
+            _, rounds, salt, _ = kept.split("$")
+            given = hash_password(password, salt, int(rounds))
+            is_right = hmac.compare_digest(given.encode(), kept.encode())
+            if not is_right or name not in hashes:
+                raise Unauthorized(_LOGIN_REQUIRED)
             with self._lock:
                 if stamp == self._stamp:  # else the password may have been changed
                     if len(self._verified) > 1000:
                         self._verified.clear()
-                    self._verified[digest.digest()] = name
+                    self._verified[digest] = name
         return name
 
-    def _verify(self, name: str, password: str, hashes: Mapping[str, str]) -> None:
-        kept = hashes.get(name, self._nobody)
-        try:
-            _, rounds, salt, _ = kept.split("$")
-            given = hash_password(password, salt, int(rounds))
-        except ValueError as error:
-            raise Trouble("The file of users has a line that can't be read.") from error
-        is_right = hmac.compare_digest(given.encode(), kept.encode())
-        if not is_right or name not in hashes:
-            raise _login_required()
 
-
-def _login_required() -> Unauthorized:
-    return Unauthorized("A name and a password are needed here.")
+def _parse_users(lines: Iterable[str]) -> dict[str, str]:
+    """Return the hash of each user; raises ValueError."""
+    hashes = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        match = _USER_LINE.fullmatch(line)
+        if match:
+            hashes[match[1]] = match[2]
+        elif line and not line.startswith("#"):
+            raise ValueError(f"line {number} is none that --add-user makes")
+    if not hashes:
+        raise ValueError("it names nobody; --add-user does")
+    return hashes
 
 
 def _credentials(header: str) -> tuple[str, str]:
     scheme, _, text = header.partition(" ")
-    if scheme.lower() != "basic":
-        raise _login_required()
-    try:
-        decoded = base64.b64decode(text.strip(), validate=True).decode("utf-8")
-    except (binascii.Error, ValueError) as error:
-        raise _login_required() from error
+    decoded = "\0"
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            decoded = base64.b64decode(text.strip(), validate=True).decode("utf-8")
     if "\0" in decoded:  # HMAC takes a key and the same key with zeros for one
-        raise _login_required()
+        raise Unauthorized(_LOGIN_REQUIRED)
     name, _, password = decoded.partition(":")
     return name, password
 
@@ -4163,6 +4186,14 @@ def _parse_address(text: str) -> Any:
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def _household(client: str) -> str:
+    """Return whose address it is: of IPv6 a household has the last 64 bits."""
+    address = _parse_address(client)
+    if address and address.version == 6:
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return client
 
 
 def _host_name(host: str) -> str:
@@ -4219,10 +4250,7 @@ class _Senders:
 
     def _look(self, client: str, agent: str) -> tuple[str, str]:
         """Return who that is, and the cookie for it."""
-        where, address = client, _parse_address(client)
-        if address and address.version == 6:  # a household has the other 64 bits
-            where = str(ipaddress.ip_network((address, 64), strict=False))
-        sender = self._hash("sender", where, agent)
+        sender = self._hash("sender", _household(client), agent)
         cookie = f"{_COOKIE}{sender}={self._hash('cookie', sender)}"
         return sender, cookie + f"; Max-Age={_COOKIE_SECONDS}; HttpOnly; SameSite=Lax"
 
@@ -4386,7 +4414,8 @@ class Access:
         """Return a request with who is logged in; raises Unauthorized and Forbidden."""
         if self._users:
             header = request.headers.get("authorization", "")
-            request = request._replace(user=self._users.authenticate(header))
+            who = self._users.authenticate(header, request.client, request.has_gone)
+            request = request._replace(user=who)
         if self._authorize:
             refusal = ask_program(
                 self.log, "authorize", self._authorize, request, _AUTHORIZED
@@ -5084,6 +5113,11 @@ _FIGURE_SECONDS = 10  # how old the count of open uploads may be
 _SWEEP_SECONDS = 300
 
 
+def _require_type(caller: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{caller} takes {kind.__name__}, not {type(value).__name__}")
+
+
 class UploadApp:
     """Takes uploads: ``handle(Request) -> Response``, or as a WSGI application.
 
@@ -5109,35 +5143,39 @@ class UploadApp:
         store: Store | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.settings = settings or Settings()
+        self.settings = Settings() if settings is None else settings
+        _require_type("UploadApp()", self.settings, Settings)
         self.log = logging.getLogger("flowserver")
+        for hook in (on_complete, authorize, owner, place):
+            if not (hook is None or callable(hook)):
+                raise TypeError(f"UploadApp() takes functions, not {hook!r}")
         self._on_complete = on_complete
         self._any_path = any_path
         self._clock = clock
         self._dialects = dialects_with(self.settings.parameter_prefix)
         _require_apart(self.settings)
-        self.store = store or Store(
-            self.settings.upload_dir,
-            self.settings.temp_dir,
-            self.settings.on_conflict,
-            Disk(self.settings.sync),
-            self._completed if on_complete else None,
-            lambda sentence: self.log.warning("%s", sentence),
-            max_uploads=self.settings.max_uploads,
-            min_free_space=self.settings.min_free_space,
-        )
+        self.store = store or self._open_store()
         folder = self.store.temp_dir
         self._access = Access(self.settings, self.log, folder, authorize, owner)
         hooks = (place, on_complete is not None)
         self._intake = Intake(self.settings, self.store, self._access, self.log, *hooks)
-        self._protocols = (
-            Tus(self._intake),
-            FilePond(self._intake),
-            Chunks(self._intake),
-        )
+        self._protocols = [kind(self._intake) for kind in (Tus, FilePond, Chunks)]
         self.drain_size = self._intake.drain_size
         self._swept = self._counted = -float("inf")
         self.store.count()
+
+    def _open_store(self) -> Store:
+        settings = self.settings
+        return Store(
+            settings.upload_dir,
+            settings.temp_dir,
+            settings.on_conflict,
+            Disk(settings.sync),
+            self._completed if self._on_complete else None,
+            lambda sentence: self.log.warning("%s", sentence),
+            max_uploads=settings.max_uploads,
+            min_free_space=settings.min_free_space,
+        )
 
     def sweep(self) -> None:
         """Finish what a crash left and remove what is stale; tidy() does it in time."""
@@ -5160,6 +5198,9 @@ class UploadApp:
 
     def handle(self, request: Request) -> Response:
         """Answer a request; the outermost door: nothing is raised."""
+        _require_type("handle()", request, Request)
+        if not isinstance(request.length, int):  # None, say, of a framework
+            request = request._replace(length=-1)
         read = request.read
         if isinstance(read, CountingReader):
             with read.waiting(self.settings.timeout):
@@ -5436,6 +5477,10 @@ def _require_apart(settings: Settings) -> None:
                 " replace; give uploads a folder of their own."
             )
     samples = os.path.join(os.path.realpath(ours["sample_dir"]), "")
+    beside = os.path.join(os.path.dirname(os.path.abspath(settings.config)), "sample")
+    is_usual = settings.sample_dir in ("", "sample", settings.config and beside)
+    if not is_usual and not os.path.isdir(samples):
+        raise SettingsError(f"sample_dir {samples} is no folder.")
     if settings.sample_dir and folder.startswith(samples):
         raise SettingsError(
             f"sample_dir {samples} holds upload_dir, whose pages and scripts would then"
@@ -5756,7 +5801,8 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
             except OSError:
                 self.connection.close()
                 raise
-        self.wire = self.server.wire_of(self.raw, self.connection)
+        self.wire = _Wire(self.connection, self.server)
+        self.server.know(self.raw, self.wire)
         address = self.client_address[0]
         self.client = str(_parse_address(address) or address)
 
@@ -5809,7 +5855,13 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
             scheme="https" if self.server.tls is not None else "http",
             is_loopback=self.server.is_loopback,
             fill=self.wire.fill,
+            has_gone=self._has_gone,
         )
+
+    def _has_gone(self) -> bool:  # although bytes of it may wait; Linux alone says so
+        tcp, info = socket.IPPROTO_TCP, getattr(socket, "TCP_INFO", 0)
+        state = self.connection.getsockopt(tcp, info, 1)[0] if info else 0
+        return state in (7, 8)  # TCP_CLOSE, TCP_CLOSE_WAIT
 
     def _refuse(self, error: Malformed) -> None:
         log = self.server.app.log
@@ -5893,6 +5945,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
     def __init__(
         self, app: UploadApp, handler: Callable[..., FlowHandler] | None = None
     ) -> None:
+        _require_type("FlowServer()", app, UploadApp)
         settings = app.settings
         self.app = app
         self.is_stopping = False
@@ -6034,12 +6087,10 @@ class FlowServer(http.server.ThreadingHTTPServer):
         else:
             self.app.log.exception("a connection ended with a bug of flowserver's")
 
-    def wire_of(self, raw: socket.socket, connection: socket.socket) -> _Wire:
-        """Return the bytes of an accepted connection; a slow one may be closed."""
-        wire = _Wire(connection, self)
+    def know(self, raw: socket.socket, wire: _Wire) -> None:
+        """Remember what an accepted connection brings; a slow one may be closed."""
         with self._lock:
             self._connections[raw] = wire
-        return wire
 
     @contextlib.contextmanager
     def idle(self, raw: socket.socket, connection: socket.socket) -> Iterator[None]:
@@ -6119,61 +6170,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _add_user(settings, user)
         if is_check:
             return _check(settings)
-        _require_apart(settings)
-    except SettingsError as error:
-        return _fail(2, str(error))
-    try:
-        _start_log(settings)
-    except OSError as error:
-        return _fail(1, f"The log can't be written: {error}.")
-    try:
-        _raise_descriptor_limit()
-        server = FlowServer(UploadApp(settings))
-    except SettingsError as error:
-        return _fail(2, str(error))
+        server = _prepared(settings)
     except FlowError as error:
-        return _fail(1, str(error))
-    except (OSError, TypeError) as error:  # TypeError: a host that IDNA can't encode
-        where = f"{settings.host}, port {settings.port}"
-        return _fail(1, f"The server can't listen on {where}: {error}.")
+        print(f"flowserver: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SettingsError) else 1
     return _serve(server)
 
 
+def _prepared(settings: Settings) -> FlowServer:
+    """Return a server that is not started; raises SettingsError and Trouble."""
+    _require_apart(settings)
+    try:
+        _start_log(settings)
+    except OSError as error:
+        raise Trouble(f"The log can't be written: {error}.") from error
+    _raise_descriptor_limit()
+    try:
+        return FlowServer(UploadApp(settings))
+    except (OSError, TypeError) as error:  # TypeError: a host that IDNA can't encode
+        where = f"{settings.host}, port {settings.port}"
+        raise Trouble(f"The server can't listen on {where}: {error}.") from error
+
+
 def _argument_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flowserver.py",
-        description="Take chunked, resumable uploads of browsers.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="Settings file (else FLOWSERVER_CONFIG, else conf.ini beside this file).",
-    )
-    parser.add_argument(
-        "--add-user",
-        metavar="NAME",
-        help="Ask for a password, put the user into users_file, and exit.",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="Try what the store needs of the configured folders, and exit.",
-    )
+    about = "Take chunked, resumable uploads of browsers."
+    parser = argparse.ArgumentParser("flowserver.py", None, about, allow_abbrev=False)
+    add = parser.add_argument
+    add("--version", action="version", version=__version__)
+    text = "Settings file (else FLOWSERVER_CONFIG, else conf.ini beside this file)."
+    add("--config", metavar="FILE", help=text)
+    text = "Ask for a password, put the user into users_file, and exit."
+    add("--add-user", metavar="NAME", help=text)
+    text = "Try what the store needs of the configured folders, and exit."
+    add("--check", action="store_true", help=text)
     for name, setting in settings_table().items():
         default = f" [{setting.default}]" if setting.default else ""
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            metavar="VALUE",
-            help=(setting.sentence + default).replace("%", "%%"),
-        )
+        text = (setting.sentence + default).replace("%", "%%")
+        add("--" + name.replace("_", "-"), metavar="VALUE", help=text)
     return parser
-
-
-def _fail(status: int, sentence: str) -> int:
-    print(f"flowserver: {sentence}", file=sys.stderr)
-    return status
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
@@ -6230,49 +6264,79 @@ def _start_log(settings: Settings) -> None:
 
 def _add_user(settings: Settings, name: str) -> int:
     """Put a user into users_file, or give one another password."""
-    path = settings.users_file
-    if not path:
-        raise SettingsError(
-            "Say where users are kept: set users_file in conf.ini first."
-        )
-    is_plain = name.isprintable() and name == name.strip() and ":" not in name
-    if not name or not is_plain:
+    if not settings.users_file:
+        raise SettingsError("Say where users are kept: set users_file first.")
+    if not name.isprintable() or not re.fullmatch(r"[^\s#:]([^:]*[^\s:])?", name):
         raise SettingsError(f"{quoted(name)} can't be the name of a user.")
+    line = f"{name}:{hash_password(_ask_password(name))}"
+    path = os.path.realpath(settings.users_file)  # a link to it stays one
+    try:
+        with _changing(path) as lines:
+            others = [one for one in lines if one.partition(":")[0].strip() != name]
+            is_new = len(others) == len(lines)
+            lines[:] = [*others, line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Trouble(f"The file of users can't be changed: {error}.") from error
+    what = f"{name} is added" if is_new else f"{name}'s password is changed"
+    print(f"{what} ({path}).")
+    return 0
+
+
+def _ask_password(name: str) -> str:
     password = ""
-    with contextlib.suppress(EOFError, KeyboardInterrupt):  # thought better of it
-        if sys.stdin.isatty():
+    with contextlib.suppress(EOFError, KeyboardInterrupt, ValueError):  # or no text
+        if sys.stdin and sys.stdin.isatty():
             password = getpass.getpass(f"Password for {name}: ")
-        else:
+            if password and getpass.getpass("The same password again: ") != password:
+                raise SettingsError("The two passwords differ.")
+        elif sys.stdin:
             password = sys.stdin.readline().rstrip("\r\n")
     if not password:
         raise SettingsError("The password is empty.")
     if "\0" in password:
         raise SettingsError("The password holds a character that can't be typed.")
-    lines = []
-    try:
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                lines = [one.rstrip("\n") for one in file]
-        lines = [one for one in lines if one.partition(":")[0].strip() != name]
-        lines += [f"{name}:{hash_password(password)}", ""]
-        _write_privately(path, "\n".join(lines))
-    except (OSError, UnicodeDecodeError) as error:
-        return _fail(1, f"The file of users {path} can't be changed: {error}.")
-    print(f"{name} may log in now ({path}).")
-    return 0
+    return password
 
 
-def _write_privately(path: str, text: str) -> None:
-    part = f"{path}.{secrets.token_hex(4)}"
-    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(text.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+@contextlib.contextmanager
+def _changing(path: str) -> Iterator[list[str]]:
+    """Yield the lines of a file; what became of them takes its place at once.
+
+    One process does so at a time.  Owner and mode stay; a new file is private.
+    """
+    lines, new = [], f"{path}.new"
+    file = open(_open_alone(new), "wb")
+    with contextlib.ExitStack() as undo:
+        undo.callback(discard, Disk(), new)
+        with file:
+            if os.path.exists(path):
+                with open(path, encoding="utf-8-sig") as old:
+                    lines = [line.rstrip("\n") for line in old]
+                if hasattr(os, "chown"):
+                    os.chown(new, os.stat(path).st_uid, os.stat(path).st_gid)
+                shutil.copymode(path, new)
+            yield lines
+            file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        undo.pop_all()
+
+
+def _open_alone(path: str) -> int:
+    """Make a file that keeps others out while it is there; wait five seconds for it."""
+    for _ in range(250):
+        with contextlib.suppress(FileExistsError):
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        time.sleep(0.02)
+    raise FileExistsError(errno.EEXIST, "Another --add-user works, or left this", path)
 
 
 def _check(settings: Settings) -> int:
     """Try what the store needs, one line each; 1 when something does not hold."""
+    temp_dir = settings.temp_dir or os.path.join(settings.upload_dir, ".flowserver")
+    folders = (settings.upload_dir, temp_dir, os.path.join(temp_dir, "v2"))
+    missing = [path for path in folders if not os.path.exists(path)]
     try:
         disk = Disk(settings.sync)
         store = Store(settings.upload_dir, settings.temp_dir, disk=disk)
@@ -6284,6 +6348,12 @@ def _check(settings: Settings) -> int:
     except (FlowError, OSError) as error:
         print(f"FAILED  {error}")
         return 1
+    finally:
+        for path in reversed(missing):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+    if settings.upload_dir in missing:
+        print(f"ok      {settings.upload_dir} is missing, the start makes it")
     for is_good, sentence in results:
         print(("ok      " if is_good else "FAILED  ") + sentence)
     return 0 if all(is_good for is_good, _ in results) else 1
@@ -6355,33 +6425,45 @@ def _serve(server: FlowServer) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, _: signals.put(number))
     server.start()
+    log, folder = server.app.log, server.app.store.upload_dir
+    words = "flowserver %s serves %s, files go to %s"
+    log.info(words, __version__, server.url, escaped(folder))
     print(f"flowserver {__version__}: open {server.url}/ in a browser", flush=True)
     for address in _other_addresses(server):
         print(f"also reachable as {address}/", flush=True)
-    print(f"files go to {server.app.store.upload_dir}", flush=True)
+    print(f"files go to {folder}", flush=True)
     _warn_if_open(server)
     is_ended = False
     while not is_ended:  # no signal ends a wait that it came just before, or on Windows
         with contextlib.suppress(queue.Empty):
             is_ended = signals.get(timeout=0.5) > 0
     server.stop()
+    log.info("flowserver ends")
     return 0
 
 
 def _other_addresses(server: FlowServer) -> list[str]:
-    """Return the addresses of this machine, when it listens on all of them."""
+    """Return the addresses for other machines, that of the way outside first."""
     if server.server_name not in ("0.0.0.0", "::"):
         return []
     found = []
-    with contextlib.suppress(OSError):
-        for entry in socket.getaddrinfo(socket.gethostname(), None):
-            host = str(entry[4][0]).partition("%")[0]
-            url = server.url_of(host)
-            is_possible = server.server_name == "::" or ":" not in host
-            if is_possible and url != server.url and url not in found:
-                found.append(url)
-    return found
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        with contextlib.suppress(OSError):
+            route.connect(("192.0.2.1", 9))  # sends nothing; RFC 5737: nobody's
+            found.append(route.getsockname()[0])
+    with contextlib.suppress(OSError, UnicodeError):
+        entries = socket.getaddrinfo(socket.gethostname(), None)
+        found += [str(entry[4][0]).partition("%")[0] for entry in entries]
+    urls = []
+    for address in map(_parse_address, found):
+        is_served = address and (address.version == 4 or server.server_name == "::")
+        if is_served and not address.is_loopback and not address.is_link_local:
+            urls.append(server.url_of(str(address)))
+    return list(dict.fromkeys(urls))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # during the start
+        sys.exit(130)

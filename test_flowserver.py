@@ -463,9 +463,11 @@ IMPURE_NAMES = frozenset(
     "open os io socket http time tempfile threading shutil print".split()
 )
 PUBLIC_NAMES = frozenset(
-    "Disk Done FlowError FlowHandler FlowHandlerMixin FlowServer Incoming"
-    " MultipartParser Part Request Response Settings Store Upload UploadApp boundary_of"
-    " create_app main safe_path upload_key wsgi_request".split()
+    "Body Conflict Disk Done FlowError FlowHandler FlowHandlerMixin FlowServer"
+    " Forbidden Incoming Malformed MultipartParser Part Progress Request Response"
+    " Settings SettingsError Status Store TooLarge Trouble Truncated Unauthorized"
+    " Upload UploadApp Whole boundary_of create_app find_config load_settings main"
+    " safe_path upload_key wsgi_request".split()
 )
 CHANGERS = frozenset(
     "add append clear extend insert pop remove setdefault update".split()
@@ -563,6 +565,17 @@ class HouseTest(unittest.TestCase):
                 self.assertEqual(thing.__module__, "flowserver")
                 self.assertTrue(ast.get_docstring(self.definition(name)))
 
+    def test_what_public_functions_return_is_public(self) -> None:
+        classes = {s.name for s in self.tree.body if isinstance(s, ast.ClassDef)}
+        returned = set()
+        for thing in map(self.definition, flowserver.__all__):
+            for one in ast.walk(thing):
+                if isinstance(one, Function) and not one.name.startswith("_"):
+                    parts = ast.walk(one.returns or one)
+                    returned |= {p.id for p in parts if isinstance(p, ast.Name)}
+        self.assertLessEqual({"Body", "Progress", "Response"}, returned)
+        self.assertEqual(returned & classes - set(flowserver.__all__), set())
+
     def definition(self, name: str) -> Any:
         found = [s for s in self.tree.body if getattr(s, "name", "") == name]
         self.assertEqual(len(found), 1)
@@ -610,7 +623,12 @@ class HouseTest(unittest.TestCase):
 
     def test_only_the_standard_library_is_imported(self) -> None:
         names = set()
-        for node in ast.walk(self.tree):
+        nodes = list(ast.walk(self.tree))
+        for node in nodes:
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                for statement in node.body:  # which is never run
+                    nodes.remove(statement)
+        for node in nodes:
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -705,6 +723,11 @@ class ReadmeTest(unittest.TestCase):
             with self.subTest(command):
                 self.assertRegex(self.readme, rf"(?m)^[ $]*{re.escape(command)}$")
 
+    def test_what_its_commands_make_is_no_part_of_the_project(self) -> None:
+        ignored = source_of(os.path.join(HOME, ".gitignore")).splitlines()
+        for name in ("/uploads/", "/users", "*.log"):
+            self.assertIn(name, ignored)
+
     def test_changelog_names_this_version(self) -> None:
         changelog = re.split("(?i)#.*changelog", self.readme)[-1]
         self.assertIn(flowserver.__version__, changelog)
@@ -767,6 +790,10 @@ class SettingsTest(unittest.TestCase):
             ("max_chunk_size", "8m"): 8 * MIB,
             ("max_chunk_size", "10 G"): 10 << 30,
             ("max_file_size", "2T"): 2 << 40,
+            ("max_file_size", "1.5G"): 3 << 29,
+            ("max_file_size", "100 MB"): 100 * MIB,
+            ("max_file_size", "0.5 kib"): 512,
+            ("max_file_size", "999999999999999"): 10**15 - 1,
             ("log_max_size", "64K"): 64 * KIB,
             ("timeout", "90"): 90,
             ("timeout", "30s"): 30,
@@ -790,7 +817,8 @@ class SettingsTest(unittest.TestCase):
     def test_text_that_is_no_value_is_refused_in_one_sentence(self) -> None:
         cases = {
             "port": ("65536", "-1", "+1", "8_0", "8000.0", "http", "", "\u0663"),
-            "max_chunk_size": ("8MB", "-1", "1.5G", "M", "1e3", "\u0663", "9" * 16, ""),
+            "max_chunk_size": ("8X", "-1", "1.5", "M", "1e3", "\u0663", "9" * 16, "")
+            + ("1,5G", "1.G", ".5G", "8Mi", "MB", "8MBB"),
             "timeout": ("1w", "soon", "-5s", "1.5", "0x10"),
             "max_uploads": ("many", "1K", "-1", "1_000", "9" * 10),
             "sync": ("maybe", "", "2"),
@@ -798,7 +826,8 @@ class SettingsTest(unittest.TestCase):
             "log_level": ("loud", "INFO"),
             "trusted_proxies": ("10.0.0.0/33", "proxy.example"),
             "host": ("", "127.0.0.1 # this machine"),
-            "upload_path": ("", "upload", "/up load", "/upload?"),
+            "upload_path": ("", "upload", "/up load", "/upload?")
+            + ("/", "/health", "/sample/", "/sample/x"),  # which are taken
             "chunk_size": ("0", "0M"),  # of which no file could ever be made
             "allow_origins": ("example.com", "https://example.com/"),
             "allow_hosts": ("https://example.com", "example.com/", "::1"),
@@ -822,6 +851,12 @@ class SettingsTest(unittest.TestCase):
     def test_unknown_setting_is_refused(self) -> None:
         with self.assertRaisesRegex(flowserver.SettingsError, 'no setting "colour"'):
             Settings(colour="red")
+
+    def test_environment_variable_that_is_not_set_is_named(self) -> None:
+        for text in ("$FLOW_NONE/in", "~/${FLOW_NONE}"):
+            with self.assertRaisesRegex(flowserver.SettingsError, "FLOW_NONE"):
+                Settings(upload_dir=text)
+        self.assertEqual(Settings(upload_dir="in$/a$.b").upload_dir, "in$/a$.b")
 
     def test_networks_take_addresses_and_ranges(self) -> None:
         networks = Settings(trusted_proxies="10.0.0.1/8 ::1").trusted_proxies
@@ -958,6 +993,24 @@ class LoadSettingsTest(unittest.TestCase):
                 self.assertRegex(message, r"\A[^\n]+\.\Z")
                 for word in (os.path.join(self.folder, "conf.ini"),) + words:
                     self.assertIn(word, message)
+
+    def test_a_comment_behind_a_value_is_refused_with_the_reason(self) -> None:
+        for section, entry in (
+            ("server", "port = 8000 ; the usual one"),
+            ("storage", "upload_dir = uploads # of clients"),
+            ("storage", "temp_dir = ; beside them"),
+        ):
+            message = self.refusal(f"[{section}]\n; a comment\n # another\n{entry}\n")
+            self.assertIn("a comment needs a line of its own", message)
+        settings = self.load("[storage]\nupload_dir = a;b#c\n")
+        self.assertEqual(settings.upload_dir, os.path.join(self.folder, "a;b#c"))
+
+    def test_folder_of_samples_may_be_missing_where_nobody_has_chosen_it(self) -> None:
+        for text in ("", "[server]\nsample_dir = sample\n"):
+            flowserver._require_apart(self.load(text))
+        for text in ("[server]\nsample_dir = samples\n", "[server]\nsample_dir = /x\n"):
+            with self.assertRaisesRegex(flowserver.SettingsError, "sample_dir"):
+                flowserver._require_apart(self.load(text))
 
     def test_a_mistake_in_a_flag_is_named(self) -> None:
         message = self.refusal("", max_chunk_size="big")
@@ -4359,6 +4412,40 @@ class EmbeddingTest(unittest.TestCase):
             self.assertEqual(send(app, *browser("a", b"x", folder="../x")).status, 415)
             self.assertEqual(list(finished_files(app)), ["x/y/a"])
 
+    def test_mistake_in_a_call_is_a_type_error_that_names_it(self) -> None:
+        cases: Dict[str, Any] = {
+            "UploadApp() takes Settings, not str": lambda: UploadApp("uploads"),
+            "FlowServer() takes UploadApp, not Settings": lambda: FlowServer(
+                Settings()
+            ),
+        }
+        for words, call in cases.items():
+            with self.assertRaisesRegex(TypeError, re.escape(words)):
+                call()
+        with application() as app:
+            with self.assertRaisesRegex(
+                TypeError, r"handle\(\) takes Request, not dict"
+            ):
+                app.handle({"REQUEST_METHOD": "GET"})
+
+    def test_what_can_not_be_called_is_refused_at_once(self) -> None:
+        for name in ("on_complete", "authorize", "owner", "place"):
+            with self.assertRaisesRegex(TypeError, "functions, not 'print'"):
+                with application(**{name: "print"}):
+                    pass
+
+    def test_request_without_a_length_or_a_body_is_refused(self) -> None:
+        """Which is no bug of ours, and nothing that the log should say is one."""
+        message = browser("a", b"x", mode="octet")
+        with application() as app, self.assertLogs("flowserver", "INFO") as logs:
+            request = prepared(message, io.BytesIO(b"x").read)
+            for changes in ({"length": None}, {"read": None}):
+                response = app.handle(request._replace(**changes))
+                self.assertEqual(response.status, 415)  # 400, for flow.js
+            test = prepared(browser("a", b"x", mode="test"), None)
+            self.assertEqual(app.handle(test._replace(length=None)).status, 204)
+        self.assertNotIn("bug", str(logs.output))
+
     def test_create_app_reads_the_conf_ini_of_the_environment(self) -> None:
         with temporary_folder() as folder:
             path = conf_file(
@@ -4392,6 +4479,11 @@ class PasswordTest(unittest.TestCase):
 HOME_PAGE = Message("GET", "/")
 
 
+def basic(name: str, password: str) -> str:
+    """Return the Authorization header of a user."""
+    return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
+
+
 class LoginTest(unittest.TestCase):
     """users_file: who may come in, and what they are told."""
 
@@ -4417,10 +4509,11 @@ class LoginTest(unittest.TestCase):
         with open(self.path, "w", encoding="utf-8") as file:
             file.write("".join(f"{name}:{text}\n" for name, text in hashes.items()))
 
-    def login(self, name: str, password: str, message: Message = HOME_PAGE) -> Answer:
-        words = base64.b64encode(f"{name}:{password}".encode()).decode()
-        headers = {**message.headers, "Authorization": "Basic " + words}
-        return send(self.app, *message._replace(headers=headers))
+    def login(
+        self, name: str, password: str, message: Message = HOME_PAGE, **how: str
+    ) -> Answer:
+        headers = {**message.headers, "Authorization": basic(name, password)}
+        return send(self.app, *message._replace(headers=headers), **how)
 
     def test_right_password_comes_in(self) -> None:
         for _ in range(2):
@@ -4517,11 +4610,80 @@ class LoginTest(unittest.TestCase):
         self.assertEqual(self.login("anna", "new").status, 200)
 
     def test_file_that_can_not_be_read_lets_nobody_in(self) -> None:
-        with open(self.path, "w") as file:
-            file.write("anna:plain\n")
-        self.assertEqual(self.login("anna", "plain").status, 503)
+        right = f"anna:{flowserver.hash_password('plain')}\n"
+        absurd = right.replace("$2$", "$10000001$")
+        for text in ("anna:plain\n", "", "# anna\n", absurd, right + "bär:plain\n"):
+            with self.subTest(text):
+                with open(self.path, "w", encoding="utf-8") as file:
+                    file.write(text)
+                self.assertEqual(self.login("anna", "plain").status, 503)
+                with self.assertRaisesRegex(flowserver.SettingsError, "users_file"):
+                    flowserver.Users(self.path)
         os.unlink(self.path)
         self.assertEqual(self.login("anna", "plain").status, 503)
+
+    def test_file_of_an_editor_is_read(self) -> None:
+        """With a byte order mark, and comments."""
+        line = f"anna:{flowserver.hash_password('x')}\n"
+        with open(self.path, "w", encoding="utf-8-sig") as file:
+            file.write(line + "\n# carl: gone\n" + line.replace("anna", "#anna"))
+        self.assertEqual(self.login("anna", "x").status, 200)
+        self.assertEqual(self.login("#anna", "x").status, 401)
+
+    def test_guesses_hold_up_nobody_at_another_address(self) -> None:
+        def slow(*arguments: Any) -> str:
+            began.append(arguments[0])
+            time.sleep(0.02)
+            return hash_password(*arguments)
+
+        def guess(number: int) -> None:
+            client = f"2001:db8::{number}"  # which are those of one household
+            self.login("anna", f"guess {number}", client=client)
+
+        began: List[str] = []
+        hash_password = flowserver.hash_password
+        with mock.patch.object(flowserver, "hash_password", slow):
+            threads = [threading.Thread(target=guess, args=(n,)) for n in range(40)]
+            for thread in threads:
+                thread.start()
+            until(lambda: began)
+            time.sleep(0.05)
+            before = len(began)
+            answer = self.login("bär", "pässwörd", client="198.51.100.7")
+            self.assertEqual(answer.status, 200)
+            self.assertLess(began.index("pässwörd"), before + 4)
+            for thread in threads:
+                thread.join()
+        self.assertEqual(len(began), 41)
+
+    def test_guess_of_a_client_that_has_gone_is_not_looked_at(self) -> None:
+        users = flowserver.Users(self.path)
+        first, may_end = threading.Event(), threading.Event()
+
+        def slow(*arguments: Any) -> str:
+            first.set()
+            may_end.wait(PATIENCE)
+            return hash_password(*arguments)
+
+        def guess(password: str, has_gone: Any = bool) -> None:
+            with contextlib.suppress(flowserver.FlowError):
+                users.authenticate(basic("anna", password), "::1", has_gone)
+
+        hash_password = flowserver.hash_password
+        counted = mock.Mock(side_effect=slow)
+        with mock.patch.object(flowserver, "hash_password", counted):
+            with mock.patch.object(flowserver, "_PATIENT_SECONDS", 0):
+                threads = [threading.Thread(target=guess, args=("one",))]
+                threads[0].start()
+                first.wait(PATIENCE)
+                has_gone = mock.Mock(return_value=True)
+                threads.append(threading.Thread(target=guess, args=("two", has_gone)))
+                threads[1].start()
+                may_end.set()
+                for thread in threads:
+                    thread.join()
+        has_gone.assert_called_once()
+        self.assertEqual(counted.call_count, 1)
 
 
 class OriginTest(unittest.TestCase):
@@ -4847,9 +5009,12 @@ class PageTest(unittest.TestCase):
             self.assertEqual(send(app, "GET", "/sample/a.md").status, 404)
 
     def test_samples_can_be_turned_off_or_missing(self) -> None:
-        for sample_dir in ("", "/no/such/folder"):
-            with application(sample_dir=sample_dir) as app:
-                self.assertEqual(send(app, "GET", "/sample/").status, 404)
+        with temporary_folder() as folder:
+            for sample_dir in ("", os.path.join(folder, "samples")):
+                os.makedirs(sample_dir or folder, exist_ok=True)
+                with application(sample_dir=sample_dir) as app:
+                    shutil.rmtree(sample_dir, ignore_errors=True)
+                    self.assertEqual(send(app, "GET", "/sample/").status, 404)
 
 
 class LogTest(unittest.TestCase):
@@ -5748,6 +5913,22 @@ class ServerTest(unittest.TestCase):
             self.assertEqual(send(server, "GET", "/health").status, 200)
         context.__exit__(None, None, None)
 
+    @unittest.skipUnless(hasattr(socket, "TCP_INFO"), "this system does not tell")
+    def test_client_that_has_gone_is_seen_although_bytes_of_it_wait(self) -> None:
+        seen: List[bool] = []
+
+        def look(request: Request) -> str:
+            seen.append(request.has_gone())
+            client.socket.shutdown(socket.SHUT_WR)
+            until(request.has_gone, "the end")
+            return "No."
+
+        with serving(authorize=look) as server, RawClient(server) as client:
+            message = browser("a", b"x")
+            answer = client.send(head_of(message), message.body).answer()
+            self.assertEqual(answer and answer.status, 415)
+        self.assertEqual(seen, [False])
+
     def test_bug_in_a_connection_is_logged_and_the_server_goes_on(self) -> None:
         # the server is stopped first: a client sees the end before the log has it
         with self.assertLogs("flowserver", "ERROR") as logs, serving() as server:
@@ -6081,7 +6262,8 @@ class CommandLineTest(InFolder):
         wrong_file = self.path("wrong.ini", "[server]\nport = many\n")
         cases: Dict[Tuple[str, ...], str] = {
             ("--port", "many"): '--port: "many"',
-            ("--max-chunk-size", "8MB"): "--max-chunk-size",
+            ("--max-chunk-size", "8X"): "--max-chunk-size",
+            ("--sample-dir", self.path("none")): "sample_dir",
             ("--timeout", "soon"): "--timeout",
             ("--config", wrong_file): f"{wrong_file}, section [server], key port",
             ("--config", self.path("no.ini")): "no.ini can't be read",
@@ -6091,6 +6273,7 @@ class CommandLineTest(InFolder):
             ("--upload-dir", ""): "upload",
             ("--add-user", "anna"): "users_file",
             ("--add-user", "a:b", "--users-file", self.path("u")): '"a:b"',
+            ("--add-user", "#a", "--users-file", self.path("u")): '"#a"',
             ("--users-file", self.path("none")): "users_file",
         }
         for arguments, words in cases.items():
@@ -6113,6 +6296,8 @@ class CommandLineTest(InFolder):
         port = str(busy.getsockname()[1])
         file = self.path("file", "")
         cases: Dict[Tuple[str, ...], str] = {
+            ("--upload-dir", self.path("disk/up")): "disk does not exist",
+            ("--temp-dir", self.path("disk/temp")): "disk does not exist",
             ("--port", port): f"127.0.0.1, port {port}",
             ("--host", "192.0.2.1"): "192.0.2.1",
             ("--host", "\u00fc..example"): "\u00fc..example",
@@ -6122,10 +6307,12 @@ class CommandLineTest(InFolder):
         }
         for arguments, words in cases.items():
             with self.subTest(arguments):
-                status, out, err = run_main(*self.flags, *arguments)
+                with mock.patch.object(flowserver, "_serve", return_value=0):
+                    status, out, err = run_main(*self.flags, *arguments)
                 self.assertEqual((status, out), (1, ""))
                 self.assertRegex(err, r"\Aflowserver: [^\n]+\n\Z")
                 self.assertIn(words, err)
+        self.assertFalse(os.path.exists(self.path("disk")))  # a disk may come there
 
     @unittest.skipUnless(os.path.isdir("/dev/shm"), "needs a second file system")
     def test_temp_folder_on_another_file_system_has_status_1(self) -> None:
@@ -6149,24 +6336,73 @@ class CommandLineTest(InFolder):
         self.assertRegex(result.stderr, r'\Aflowserver: --port: "many" [^\n]+\n\Z')
 
     def test_user_is_added_and_may_log_in(self) -> None:
-        users = self.path("users", "# comment\nanna:old\ncarl:hash")
-        for name, password in (
-            ("anna", "gehe:im"),
-            ("b\u00e4r", "x"),
-            ("anna", "new:one"),
+        users = self.path("users")
+        for name, password, words in (
+            ("anna", "gehe:im", "anna is added"),
+            ("b\u00e4r", "x", "b\u00e4r is added"),
+            ("anna", "new:one", "anna's password is changed"),
         ):
-            with mock.patch.object(sys, "stdin", io.StringIO(password + "\n")):
-                status, out, err = run_main("--users-file", users, "--add-user", name)
-            self.assertEqual((status, err), (0, ""))
-            self.assertIn(name, out)
+            self.assertIn(words, self.add_user(users, name, password))
         text = source_of(users)
-        self.assertEqual(re.findall("(?m)^[^#:]+", text), ["carl", "b\u00e4r", "anna"])
-        self.assertIn("\ncarl:hash\n", text)
+        self.assertEqual(re.findall("(?m)^[^:]+", text), ["b\u00e4r", "anna"])
         self.assertNotIn("gehe", text)
         if os.name == "posix":
             self.assertEqual(os.stat(users).st_mode & 0o777, 0o600)
-        words = base64.b64encode(b"anna:new:one").decode()
-        self.assertEqual(flowserver.Users(users).authenticate("Basic " + words), "anna")
+        header = basic("anna", "new:one")
+        self.assertEqual(flowserver.Users(users).authenticate(header), "anna")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["users"])
+
+    def add_user(self, users: str, name: str, password: str) -> str:
+        with mock.patch.object(sys, "stdin", io.StringIO(password + "\n")):
+            status, out, err = run_main("--users-file", users, "--add-user", name)
+        self.assertEqual((status, err), (0, ""))
+        return out
+
+    def test_what_else_stands_in_the_file_of_users_stays(self) -> None:
+        users = self.path("users", "\ufeff# comment\nanna:old\ncarl:hash")
+        self.assertIn("changed", self.add_user(users, "anna", "x"))
+        lines = source_of(users).splitlines()
+        self.assertEqual(lines[:2], ["# comment", "carl:hash"])
+        self.assertEqual(len(lines), 3)
+
+    @unittest.skipUnless(os.name == "posix", "needs links, modes and owners of POSIX")
+    def test_file_of_users_stays_a_link_and_whose_it_is(self) -> None:
+        users = self.path("users", "")
+        os.mkdir(self.path("etc"))
+        os.rename(users, self.path("etc/real"))
+        os.symlink("etc/real", users)
+        os.chmod(users, 0o640)
+        owner = 12345 if os.geteuid() == 0 else os.geteuid()
+        os.chown(users, owner, os.getegid())
+        self.add_user(users, "anna", "x")
+        self.assertTrue(os.path.islink(users))
+        status = os.stat(self.path("etc/real"))
+        self.assertEqual((status.st_mode & 0o777, status.st_uid), (0o640, owner))
+        self.assertGreater(status.st_size, 50)
+        self.assertEqual(os.listdir(self.path("etc")), ["real"])
+
+    def test_users_added_at_one_time_are_all_kept(self) -> None:
+        users = self.path("users")
+        flags = ("-I", FILE, "--config", "", "--users-file", users, "--add-user")
+        names = [f"user{n}" for n in range(6)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+        commands = [[sys.executable, *flags, name] for name in names]
+        processes = [subprocess.Popen(command, **pipes) for command in commands]
+        for process in processes:
+            process.stdin.write(b"x\n")
+            process.stdin.close()
+        self.assertEqual([process.wait() for process in processes], [0] * 6)
+        found = re.findall("(?m)^[^:]+", source_of(users))
+        self.assertEqual(sorted(found), names)
+
+    def test_file_that_another_one_has_left_in_the_way_is_named(self) -> None:
+        self.path("users.new", "")
+        with mock.patch.object(sys, "stdin", io.StringIO("x\n")):
+            with mock.patch.object(flowserver.time, "sleep"):
+                flags = ("--users-file", self.path("users"), "--add-user", "a")
+                status, _, err = run_main(*flags)
+        self.assertEqual(status, 1)
+        self.assertIn("users.new", err)
 
     def test_user_without_a_password_is_not_added(self) -> None:
         with mock.patch.object(sys, "stdin", io.StringIO("\n")):
@@ -6182,25 +6418,47 @@ class CommandLineTest(InFolder):
                     flags = ("--users-file", self.path("u"), "--add-user", "a")
                     self.assertEqual(run_main(*flags)[0], 2)
 
-    def test_password_is_asked_for_at_a_terminal(self) -> None:
+    def test_stdin_that_is_closed_or_no_text_is_a_sentence(self) -> None:
+        junk = io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8")
+        for stdin in (None, junk):
+            with mock.patch.object(sys, "stdin", stdin):
+                flags = ("--users-file", self.path("u"), "--add-user", "a")
+                status, _, err = run_main(*flags)
+            self.assertEqual((status, err), (2, "flowserver: The password is empty.\n"))
+
+    def test_password_is_asked_for_twice_at_a_terminal(self) -> None:
         terminal = mock.Mock()
         terminal.isatty.return_value = True
-        with mock.patch.object(sys, "stdin", terminal):
-            with mock.patch.object(
-                flowserver.getpass, "getpass", return_value="x"
-            ) as asked:
-                status, _, _ = run_main(
-                    "--users-file", self.path("u"), "--add-user", "a"
-                )
-        self.assertEqual(status, 0)
-        asked.assert_called_once()
+        flags = ("--users-file", self.path("u"), "--add-user", "a")
+        for answers, expected in ((["x", "x"], 0), (["x", "y"], 2)):
+            asked = mock.Mock(side_effect=answers)
+            with mock.patch.object(sys, "stdin", terminal):
+                with mock.patch.object(flowserver.getpass, "getpass", asked):
+                    status, _, err = run_main(*flags)
+            self.assertEqual((status, asked.call_count), (expected, 2))
+        self.assertEqual(err, "flowserver: The two passwords differ.\n")
 
     def test_check_tells_what_holds(self) -> None:
         status, out, _ = run_main(*self.flags, "--check")
         self.assertEqual((status, "FAILED" in out), (0, False), out)
         for words in (self.uploads, "locks hold", "a flush takes", "MiB are free"):
             self.assertIn(words, out)
-        self.assertEqual(leftovers(self.uploads), {})
+
+    def test_check_leaves_nothing_behind(self) -> None:
+        _, out, _ = run_main(*self.flags, "--check")
+        self.assertIn(f"{self.uploads} is missing", out)
+        self.assertEqual(os.listdir(self.folder), [])
+        os.mkdir(self.uploads)
+        _, out, _ = run_main(*self.flags, "--check", "--temp-dir", self.path("temp"))
+        self.assertNotIn("is missing", out)
+        self.assertEqual(os.listdir(self.folder), ["up"])
+        run_main(*self.flags, "--check", "--temp-dir", "/proc/temp")
+        self.assertEqual(os.listdir(self.uploads), [])
+
+    def test_check_touches_no_folder_of_a_server(self) -> None:
+        app = UploadApp(Settings(upload_dir=self.uploads))
+        self.assertEqual(run_main(*self.flags, "--check")[0], 0)
+        self.assertEqual(send(app, *browser("a", b"x")).status, 200)
 
     def test_path_that_stdout_has_no_letters_for_is_told_all_the_same(self) -> None:
         flags = ("--config", "", "--check", "--upload-dir", self.path("\u65e5"))
@@ -6290,27 +6548,43 @@ class InProcessTest(InFolder):
             """
         for moment in (5, 8, 11):
             how = {"cwd": os.path.dirname(FILE), "check": True}
-            python("-c", program, str(moment), *self.flags, **how)
+            flags = ("--config", "", *self.flags)
+            python("-c", program, str(moment), *flags, **how)
 
-    def test_every_address_is_told_and_a_public_one_is_warned_of(self) -> None:
-        entries = [
-            (0, 0, 0, "", (host, 0))
-            for host in ("192.0.2.7", "192.0.2.7", "::2", "127.0.0.1")
-        ]
+    def reachable(self, *hosts: str) -> Tuple[List[str], str]:
+        """Return the addresses that are told where the machine's name has `hosts`."""
+        entries = [(0, 0, 0, "", (host, 0)) for host in hosts]
         with mock.patch.object(socket, "getaddrinfo", return_value=entries):
             _, out, _ = self.run_server(lambda server: None, "--host", "0.0.0.0")
-        self.assertEqual(
-            len(re.findall(r"also reachable as http://192\.0\.2\.7:", out)), 1
-        )
+        return re.findall("also reachable as http://(.+):[0-9]+/\n", out), out
+
+    def test_every_address_is_told_and_a_public_one_is_warned_of(self) -> None:
+        told, out = self.reachable("192.0.2.7", "192.0.2.7", "::2", "127.0.0.1")
+        self.assertEqual([host for host in told if host == "192.0.2.7"], told[-1:])
         self.assertNotIn("::2", out)
         self.assertIn("users_file", out)
+
+    def test_address_that_a_phone_can_use_is_told_first(self) -> None:
+        """Debian gives a machine's name 127.0.1.1, and no other address."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+            try:
+                route.connect(("192.0.2.1", 9))
+            except OSError:
+                self.skipTest("this machine has no network")
+            own = route.getsockname()[0]
+        told, _ = self.reachable("127.0.1.1", "169.254.1.1", "192.0.2.7", own)
+        self.assertEqual(told, [own, "192.0.2.7"])
 
     def test_log_goes_to_a_file_and_is_escaped(self) -> None:
         log = self.path("x.log")
         _, _, err = self.run_server(self.send_hostile, "--log-file", log)
         text = source_of(log)
         self.assertEqual(text, err)
-        self.assertEqual(text.count("\n"), 2)
+        lines = text.splitlines()
+        self.assertEqual(len(lines), 4)
+        words = f"flowserver {flowserver.__version__} serves http://127.0.0.1:"
+        self.assertRegex(lines[0], f"INFO {words}[0-9]+, files go to .*{self.uploads}")
+        self.assertIn("INFO flowserver ends", lines[-1])
         self.assertIn(r'finished "a\u202eb', text.replace("_", r"\u202e"))
         self.assertTrue(text.replace("\n", "").isprintable())
 
@@ -6400,6 +6674,17 @@ class ProcessTest(InFolder):
         with Running(file=file, cwd=self.folder) as server:
             self.check_works(server)
             self.assertEqual(server.lines[1], f"files go to {self.path('in')}\n")
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "needs pipes with a name")
+    def test_ctrl_c_during_the_start_is_no_traceback(self) -> None:
+        config = self.path("pipe")
+        os.mkfifo(config)
+        command = [sys.executable, "-I", "-W", "error", FILE, "--config", config]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8")
+        with open(config, "w"):  # until the start waits for settings to come
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, err), (130, ""))
 
     @unittest.skipUnless(os.name == "posix", "needs signals of POSIX")
     def test_ended_in_the_middle_of_an_upload_it_resumes_after_the_start(self) -> None:

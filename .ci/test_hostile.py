@@ -2202,9 +2202,9 @@ class AccountTest(_WithUsers):
             one, two = (line.partition(":")[2] for line in text.splitlines())
             self.assertNotEqual(one, two, "no salt")
             self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
-            os.chmod(path, 0o644)
+            os.chmod(path, 0o640)
             add_user(path, "ann", "other")
-            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o640)
             self.assertEqual(len(Path(path).read_text().splitlines()), 2)
             self.assertEqual(os.listdir(Path(path).parent), ["users"])
 

@@ -256,6 +256,13 @@ class ClientTest(ClientCase):
         said = self.send(path, status=1)
         self.assertIn("the certificate is not trusted", said)
 
+    def test_https_to_a_server_that_speaks_http_is_given_up(self) -> None:
+        self.serve()
+        (path,) = write_files(self.source, {"file.bin": b"x"})
+        url = self.server.url.replace("http:", "https:")
+        said = self.send(path, status=1, url=url)
+        self.assertIn("file.bin: the server does not speak https", said)
+
     def make_certificate(self) -> None:
         command = (
             "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
@@ -358,6 +365,24 @@ class ClientTest(ClientCase):
                 modules.add(node.module.partition(".")[0])
         self.assertIn("http", modules)
         self.assertLessEqual(modules, set(sys.stdlib_module_names))
+
+
+class BenchmarkTest(unittest.TestCase):
+    def test_a_mistake_on_its_command_line_is_one_sentence(self) -> None:
+        for flags, words in (
+            (("--folder", "/none"), "/none"),
+            (("--folder", __file__), "test_samples.py"),
+            (("--rows", "("), '"("'),
+            (("--rows", "no such load"), '"no such load"'),
+            (("--against", "/none.py"), "/none.py"),
+            (("--rounds", "-1"), "--rounds"),
+        ):
+            with self.subTest(flags):
+                command = [sys.executable, str(SAMPLES / "benchmark.py"), *flags]
+                ended = subprocess.run(command, capture_output=True, text=True)
+                self.assertEqual((ended.returncode, ended.stdout), (2, ""))
+                self.assertRegex(ended.stderr, r"\Abenchmark: [^\n]+\.\n\Z")
+                self.assertIn(words, ended.stderr)
 
 
 class DoubtfulServerTest(ClientCase):

@@ -589,8 +589,7 @@ class Benchmark:
 
     def run(self) -> None:
         """Measure with each value of sync."""
-        wanted = self.options.rows
-        rows = [row for row in ROWS if not wanted or re.search(wanted, row.title)]
+        rows = wanted_rows(self.options)
         for sync in self.options.sync:
             kinds = contenders(self.options, sync)
             servers: List[Server] = [kind(self.folder, sync) for kind in kinds]
@@ -645,6 +644,11 @@ class Benchmark:
         else:
             pairs = [(b.seconds, a.seconds) for a, b in zip(mine, theirs)]
         return statistics.median(a / b for a, b in pairs)
+
+
+def wanted_rows(options: argparse.Namespace) -> List[Row]:
+    """Return the rows that --rows names; all without it."""
+    return [row for row in ROWS if re.search(options.rows, row.title)]
 
 
 def contenders(options: argparse.Namespace, sync: str) -> List[Type[Server]]:
@@ -844,7 +848,7 @@ def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add("--folder", default=".", help="where to write: the disk to measure [.]")
     add("--rounds", type=int, default=0, help="how many [5; with --quick 1]")
     add("--sync", choices=("on", "off"), help="only with this setting")
-    add("--rows", metavar="REGEX", help="only loads whose title matches")
+    add("--rows", default="", metavar="REGEX", help="only loads whose title matches")
     add(
         "--limit",
         type=float,
@@ -857,7 +861,34 @@ def parse_options(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add("--bare-loop", metavar="DIR", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.rounds = options.rounds or (1 if options.quick else 5)
+    options.folder = os.path.abspath(options.folder)
     return options
+
+
+def mistake(options: argparse.Namespace) -> str:
+    """Return what is wrong with the command line, in one sentence; "" for nothing."""
+    if not hasattr(os, "sendfile"):
+        return "this system has no sendfile; measure on Linux or macOS"
+    if options.rounds < 0:
+        return "--rounds can't be less than 1"
+    if not os.path.isdir(options.folder) or not os.access(options.folder, os.W_OK):
+        return f"--folder {options.folder} is no folder that can be written to"
+    if options.against and not os.path.isfile(options.against):
+        return f"--against {options.against} is no file"
+    try:
+        rows = wanted_rows(options)
+    except re.error as error:
+        return f'--rows "{options.rows}" is no regular expression: {error}'
+    if not rows:
+        titles = ", ".join(row.title for row in ROWS)
+        return f'--rows "{options.rows}" is in none of the loads: {titles}'
+    kind = file_system(options.folder)
+    if kind in ("tmpfs", "ramfs") and options.sync != "off":
+        return (
+            f"{options.folder} is a {kind}, where a flush means nothing; name another"
+            " --folder, or --sync off"
+        )
+    return ""
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -865,21 +896,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     options = parse_options(argv)
     if options.bare_loop:
         BareLoop(options.bare_loop, options.sync == "on").serve()
-    if not hasattr(os, "sendfile"):
-        print("benchmark: this system has no sendfile; measure on Linux or macOS.")
+    sentence = mistake(options)
+    if sentence:
+        print(f"benchmark: {sentence}.", file=sys.stderr)
         return 2
     options.sync = [options.sync] if options.sync else ["off", "on"]
-    options.folder = os.path.abspath(options.folder)
-    kind = file_system(options.folder)
-    if kind in ("tmpfs", "ramfs") and "on" in options.sync:
-        print(
-            f"benchmark: {options.folder} is a {kind}, where a flush means nothing;"
-            " name another --folder, or --sync off."
-        )
-        return 2
     folder = tempfile.mkdtemp(prefix="benchmark-", dir=options.folder)
     try:
         mark_as_top(folder)
+        kind = file_system(folder)
         options.place = f"{kind}; a flush of 4 KiB takes {flush_ms(folder):.2f} ms"
         benchmark = Benchmark(options, folder)
         benchmark.run()

@@ -41,6 +41,8 @@ TIMEOUT_SECONDS = 90  # more than the server itself waits for a silent connectio
 STOP_SECONDS = 2  # for requests under way, after Ctrl-C
 JOURNAL_SECONDS = 24 * 3600
 TOLD_EVERY_SECONDS = 0.2
+# What OpenSSL calls an answer that is no TLS, in its several versions.
+NOT_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
 
 
 class Refused(Exception):
@@ -209,6 +211,8 @@ class Server:
                 raise Refused(f"the certificate is not trusted: {error}") from error
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
+                if getattr(error, "reason", "") in NOT_TLS:
+                    raise Refused("the server does not speak https here") from error
                 lost = error
             else:
                 self._own.connection = connection
