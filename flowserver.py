@@ -109,6 +109,7 @@ import zlib
 from typing import (
     Any,
     Callable,
+    Collection,
     Container,
     Generic,
     Iterable,
@@ -822,7 +823,8 @@ class Chunk(NamedTuple):
     @property
     def is_secret(self) -> bool:
         """Whether knowing the identifier is proof enough of being its owner."""
-        return self.is_random or bool(_SECRET_IDENTIFIER.match(self.identifier))
+        is_drawn = self.is_random and _DRAWN_IDENTIFIER.fullmatch(self.identifier)
+        return bool(is_drawn or _SECRET_IDENTIFIER.match(self.identifier))
 
 
 class Dialect(NamedTuple):
@@ -984,6 +986,7 @@ def dialects_with(prefix: str) -> tuple[Dialect, ...]:
 
 # A name of our own clients: 128 random bits of a browser, and the time of modification.
 _SECRET_IDENTIFIER = re.compile("flowserver-[0-9a-f]{32}-")
+_DRAWN_IDENTIFIER = re.compile("[0-9A-Fa-f-]{32,52}")  # not what a program set instead
 _ABSENT = ("", "null", "undefined", "false")
 
 
@@ -1003,18 +1006,19 @@ def recognise(
     return None
 
 
-def require_marks(names: Iterable[str], dialects: Iterable[Dialect]) -> None:
+def require_marks(names: Collection[str], dialects: Iterable[Dialect]) -> None:
     """Raise Malformed when parameters are a library's, but not all that mark them."""
     for row in dialects:
-        own = set(row.names) - _COMMON_WORDS
+        own = {*row.names, *row.marks} - _COMMON_WORDS
         if not own.isdisjoint(names):
+            missing = next(mark for mark in row.marks if mark not in names)
             raise Malformed(
-                f"These are parameters of {row.name}, but {row.marks[0]} is missing."
+                f"These are parameters of {row.name}, but {missing} is missing."
             )
 
 
 _COMMON_WORDS = frozenset(
-    ("", "name", "identifier", "filename", "relativePath", "total", "offset")
+    ("", "name", "identifier", "filename", "relativePath", "total")
 )
 
 
@@ -1062,6 +1066,8 @@ def parse_chunk(
     `filename` and `length` are those of the part, for rows that have no parameter.
     """
 
+    parameters = {**parameters, "": ""}  # so that "" names none
+
     def integer(name: str) -> int:
         return parse_integer(parameters.get(name, ""), name)
 
@@ -1076,7 +1082,11 @@ def parse_chunk(
     names = (identifier, filename or path, path)
     upload = Chunk(*names, -1, 0, -1, row.is_random, row.is_in_order)
     if not parameters.get(row.number or row.start):  # the whole file, or no chunk
-        size = integer(row.total) if row.has_tests else -1
+        is_piece = parameters.get(row.start) or parameters.get(row.length)
+        if is_piece and not row.has_tests:
+            raise Malformed(f"The chunk has no {row.number}.")
+        is_said = row.has_tests or parameters.get(row.total)
+        size = integer(row.total) if is_said else -1
         return row.amend(upload._replace(size=size), parameters)
     number = integer(row.number) - row.first if row.number else 0
     nominal = integer(row.nominal) if row.nominal else 0
@@ -1089,8 +1099,8 @@ def parse_chunk(
     _check_chunk(chunk)
     if row.nominal:
         _check_nominal(chunk, number, nominal)
-        if parameters.get(row.chunks):
-            _check_count(integer(row.chunks), number, nominal, chunk.size)
+    if parameters.get(row.chunks):
+        _check_count(chunk, integer(row.chunks), number, nominal)
     return chunk
 
 
@@ -1125,12 +1135,20 @@ def _check_nominal(chunk: Chunk, number: int, nominal: int) -> None:
         )
 
 
-def _check_count(count: int, number: int, nominal: int, size: int) -> None:
-    fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
-    if not fewest <= count <= most or number >= count:
+def _check_count(chunk: Chunk, count: int, number: int, nominal: int) -> None:
+    """Hold a chunk against how many there are.
+
+    Were the last one not the end, then all would be taken and the file never complete.
+    """
+    size, end = chunk.size, chunk.start + chunk.length
+    fewest, most = count, count
+    if nominal:
+        fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
+    is_one = fewest <= count <= most and (number > 0) == (chunk.start > 0)
+    if not is_one or number >= count or (number == count - 1) != (end == size):
         raise Malformed(
-            f"Chunk {number + 1} of {count} does not go with {size} bytes in chunks of"
-            f" {nominal}."
+            f"Chunk {number + 1} of {count} does not go with bytes {chunk.start} to"
+            f" {end} of {size}."
         )
 
 

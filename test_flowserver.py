@@ -273,6 +273,107 @@ def send_file(where: Any, name: str, data: bytes, **how: Any) -> List[Answer]:
     ]
 
 
+UUID = "0f1e2d3c-4b5a-4678-8796-a5b4c3d2e1f0"
+
+
+def form(
+    fields: Mapping[str, str],
+    *files: Tuple[str, str, bytes],
+    path: str = "/upload",
+    headers: Mapping[str, str] = {},
+) -> Message:
+    """Return what a browser posts: fields, then files, each (field, file name, bytes).
+
+    As browsers write it, only a quote is escaped.
+    """
+    parts = [
+        f'; name="{name}"; filename="{filename}"\r\n'.encode()
+        + b"Content-Type: application/octet-stream\r\n\r\n"
+        + data
+        for name, filename, data in files
+    ]
+    begin = f"--{BOUNDARY}\r\nContent-Disposition: form-data".encode()
+    body = multipart(fields, None)[: -len(BOUNDARY) - 6]
+    body += b"".join(begin + part + b"\r\n" for part in parts)
+    kind = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+    body += f"--{BOUNDARY}--\r\n".encode()
+    return Message("POST", path, body, {**kind, **headers})
+
+
+def parameters_of(
+    library: str, name: str, data: bytes, index: int, size: int
+) -> Dict[str, object]:
+    """Return what a library says of a chunk; what has a dash goes into the head."""
+    start = index * size
+    end, count = min(start + size, len(data)), max(-(-len(data) // size), 1)
+    flow = flow_parameters(name, data, index + 1, size, True, "")
+    folder, _, filename = name.rpartition("/")
+    said: Dict[str, Dict[str, object]] = {
+        "flow.js": {"flow" + word: text for word, text in flow.items()},
+        "resumable.js": {"resumable" + word: text for word, text in flow.items()},
+        "simple-uploader.js": {w[0].lower() + w[1:]: text for w, text in flow.items()},
+        "Dropzone": {
+            "dzuuid": UUID,
+            "dzchunkindex": index,
+            "dztotalfilesize": len(data),
+            "dzchunksize": size,
+            "dztotalchunkcount": count,
+            "dzchunkbyteoffset": start,
+        },
+        "Fine Uploader": {
+            "qqpartindex": index,
+            "qqpartbyteoffset": start,
+            "qqchunksize": end - start,
+            "qqtotalparts": count,
+            "qqtotalfilesize": len(data),
+            "qqfilename": filename,
+            "qquuid": UUID,
+            "qqpath": folder + "/" if folder else None,
+        },
+        "Plupload": {"name": name, "offset": start, "total": len(data)},
+        "Content-Range": {
+            "Content-Range": f"bytes {start}-{end - 1}/{len(data)}",
+            "Content-Disposition": f'attachment; filename="{encoded(name)}"',
+        },
+    }
+    return said[library]
+
+
+def encoded(text: str) -> str:
+    """Return what encodeURI() makes of it."""
+    return urllib.parse.quote(text, safe=";,/?:@&=+$-_.!~*'()#")
+
+
+def chunk_of(
+    library: str,
+    name: str,
+    data: bytes,
+    index: int = 0,
+    size: int = 10,
+    mode: str = "multipart",
+    sent: Optional[bytes] = None,
+    **changes: object,
+) -> Message:
+    """Return a chunk as a library sends it; None drops one of the things it says.
+
+    `mode` is multipart, address (parameters there, the chunk in a form) or raw; `sent`
+    are other bytes than those that the parameters speak of.
+    """
+    said = {**parameters_of(library, name, data, index, size), **changes}
+    texts = {word: str(text) for word, text in said.items() if text is not None}
+    fields = {word: text for word, text in texts.items() if "-" not in word}
+    headers = {word: text for word, text in texts.items() if "-" in word}
+    body = data[index * size : (index + 1) * size] if sent is None else sent
+    blob = "blob" if library in ("Fine Uploader", "Plupload") else name
+    path = "/upload"
+    if mode != "multipart":
+        path, fields = path + "?" + urllib.parse.urlencode(fields), {}
+    if mode == "raw":
+        kind = {"Content-Type": "application/octet-stream"}
+        return Message("POST", path, body, {**kind, **headers})
+    return form(fields, ("file", blob, body), path=path, headers=headers)
+
+
 class RawClient:
     """A client that says exactly what it is told, byte for byte."""
 
@@ -1368,6 +1469,7 @@ DIALECTS = {dialect.name: dialect for dialect in flowserver.DIALECTS}
 GIVES_UP = {
     "flow.js": {404, 413, 415, 500, 501},
     "resumable.js": {400, 404, 415, 500, 501},
+    "simple-uploader.js": {404, 415, 500, 501},
 }
 NO_INTEGERS = (
     "+1",
@@ -1586,6 +1688,156 @@ class DialectTest(unittest.TestCase):
         for name, status in cases.items():
             with self.subTest(name):
                 self.assertEqual(getattr(flowserver, name).status, status)
+
+
+LIBRARIES = tuple(DIALECTS)[:-1] + ("Plupload",)
+
+
+def understood(
+    library: str, index: int = 0, name: str = "d/a.bin", size: int = 10, **changes: Any
+) -> Tuple[str, Any]:
+    """Return whose parameters a library's are, and what they mean of 25 bytes."""
+    data = noise(25)
+    said = {**parameters_of(library, name, data, index, size), **changes}
+    texts = {word: str(text) for word, text in said.items() if text is not None}
+    heads = {word.lower(): text for word, text in texts.items()}
+    texts.update(flowserver.range_parameters(heads))
+    row = flowserver.recognise(texts)
+    assert row is not None
+    rest = len(data[index * size : (index + 1) * size])
+    return row.name, flowserver.parse_chunk(row, texts, name, rest)
+
+
+class LibraryTest(unittest.TestCase):
+    """The row of each library that is not like flow.js's."""
+
+    def test_chunk_of_each_library_lies_where_it_was_cut(self) -> None:
+        for library, index in itertools.product(LIBRARIES, range(3)):
+            with self.subTest(library, index=index):
+                name, chunk = understood(library, index)
+                self.assertEqual(name, library)
+                lies = (chunk.start, chunk.length, chunk.size)
+                self.assertEqual(lies, (10 * index, 5 if index == 2 else 10, 25))
+                self.assertIn(chunk.path, ("d/a.bin", "d//a.bin"))
+
+    def test_first_row_wins_whose_marks_are_there(self) -> None:
+        said = {name: parameters_of(name, "a", bytes(9), 0, 9) for name in LIBRARIES}
+        for first, second in itertools.combinations(LIBRARIES, 2):
+            with self.subTest(first, second=second):
+                row = flowserver.recognise({**said[second], **said[first]})
+                self.assertEqual(row and row.name, first)
+
+    def test_words_that_any_form_may_have_are_no_marks(self) -> None:
+        words = "name identifier filename relativePath total totalSize file chunk"
+        for word in words.split():
+            self.assertIsNone(flowserver.recognise({word: "1"}))
+
+    def test_identifier_that_a_library_drew_is_a_secret(self) -> None:
+        drawn = ("Dropzone", "Fine Uploader")
+        for library in LIBRARIES:
+            chunk = understood(library)[1]
+            self.assertIs(chunk.is_secret, library in drawn, library)
+            self.assertIs(chunk.is_random, library in drawn, library)
+
+    def test_identifier_that_a_program_gave_in_its_place_is_none(self) -> None:
+        """dzuuid=1 may be anybody's."""
+        for identifier in ("1", "17-a.bin", "x" * 40):
+            chunk = understood("Dropzone", dzuuid=identifier)[1]
+            self.assertIs(chunk.is_secret, False, identifier)
+
+    def test_image_that_dropzone_made_smaller_has_the_size_that_came(self) -> None:
+        said = {"dztotalfilesize": 2500, "dztotalchunkcount": 1, "dzchunksize": 100}
+        chunk = understood("Dropzone", size=100, **said)[1]
+        self.assertEqual((chunk.start, chunk.length, chunk.size), (0, 25, 25))
+
+    def test_image_that_dropzone_made_smaller_in_chunks_is_refused(self) -> None:
+        """Else each chunk would be taken, and the file would never be complete."""
+        for total in (26, 29, 30, 39):
+            with self.assertRaises(flowserver.Malformed):
+                understood("Dropzone", 2, dztotalfilesize=total)
+        said = {"dztotalfilesize": 25, "dztotalchunkcount": 2}  # of 20 bytes
+        understood("Dropzone", 0, **said)
+        with self.assertRaisesRegex(flowserver.Malformed, "Chunk 2 of 2"):
+            understood("Dropzone", 1, **said)
+
+    def test_fine_uploader_without_an_index_sends_all_of_a_file(self) -> None:
+        parts = ("qqpartindex", "qqpartbyteoffset", "qqchunksize", "qqtotalparts")
+        whole: Dict[str, None] = dict.fromkeys(parts)
+        chunk = understood("Fine Uploader", **whole)[1]
+        self.assertEqual((chunk.length, chunk.size, chunk.path), (-1, 25, "d//a.bin"))
+        raw = understood("Fine Uploader", qqtotalfilesize=None, **whole)[1]
+        self.assertEqual((raw.length, raw.size), (-1, -1))
+
+    def test_chunk_that_lost_its_index_is_not_all_of_a_file(self) -> None:
+        for library, index in (
+            ("Dropzone", "dzchunkindex"),
+            ("Fine Uploader", "qqpartindex"),
+        ):
+            for text in (None, ""):
+                with self.assertRaisesRegex(flowserver.Malformed, index):
+                    understood(library, 1, **{index: text})
+
+    def test_plupload_with_chunk_numbers_is_told_what_to_set(self) -> None:
+        for chunk, chunks in (("0", "3"), ("1", "3"), ("0", "x"), ("1", "1")):
+            said = {"name": "a", "chunk": chunk, "chunks": chunks}
+            with self.assertRaisesRegex(flowserver.Malformed, "send_chunk_number"):
+                meaning(said)
+        for chunks in ("0", "1"):  # all of the file
+            said = {"name": "a", "chunk": "0", "chunks": chunks}
+            self.assertEqual(meaning(said).length, -1)
+
+    def test_chunk_whose_mark_is_missing_is_known_by_its_other_names(self) -> None:
+        marks = {
+            **{name: DIALECTS[name].marks[0] for name in LIBRARIES[:4]},
+            "simple-uploader.js": "chunkNumber",
+        }
+        for library, mark in marks.items():
+            said = parameters_of(library, "a", bytes(9), 0, 9)
+            del said[mark]
+            with self.subTest(library), self.assertRaisesRegex(
+                flowserver.Malformed, f"of {library}, but {mark} is missing"
+            ):
+                flowserver.require_marks(said, flowserver.DIALECTS)
+        for word in ("chunk", "chunks", "offset"):
+            with self.assertRaisesRegex(flowserver.Malformed, "of Plupload"):
+                flowserver.require_marks([word, "name"], flowserver.DIALECTS)
+        plain = ("name", "identifier", "filename", "relativePath", "total", "file")
+        flowserver.require_marks(plain, flowserver.DIALECTS)
+
+    def test_content_range_is_read_strictly(self) -> None:
+        for text in (
+            "bytes 0-9/*",
+            "bytes */25",
+            "bytes=0-9/25",
+            "items 0-9/25",
+            "bytes 0-9",
+            "bytes 0-9/25, bytes 10-19/25",
+            "bytes -9/25",
+            "bytes 0 - 9/25",
+            "bytes +0-9/25",
+            "bytes 0-9/" + "1" * 16,
+            "bytes 0-\u0669/25",
+            "bytes  0-9/25",
+            "",
+        ):
+            with self.subTest(text), self.assertRaises(flowserver.Malformed):
+                flowserver.range_parameters({"content-range": text})
+
+    def test_parameter_without_a_name_is_nobodys(self) -> None:
+        """ "" stands in a row for what a library does not say."""
+        for library in ("Dropzone", "Plupload", "Content-Range"):
+            self.assertEqual(understood(library, **{"": "x"})[1].path, "d/a.bin")
+
+    def test_name_in_the_head_is_read_as_blueimp_writes_it(self) -> None:
+        for text, name in (
+            ('attachment; filename="a%20b%C3%A4%25;.bin"', "a b\u00e4%;.bin"),
+            ('attachment; filename="d/a.bin"', "d/a.bin"),
+            ("attachment", ""),
+            ("inline; filename=a.bin", "a.bin"),
+        ):
+            head = {"content-disposition": text}
+            self.assertEqual(flowserver.disposition_name(head), name)
+        self.assertEqual(flowserver.disposition_name({}), "")
 
 
 class NameTest(unittest.TestCase):
