@@ -2771,7 +2771,8 @@ class Body:
         if self._generation and not self._published and not self._is_recorded:
             with contextlib.suppress(FlowError, OSError):
                 with self._uploads.entered(self.upload.key) as ledger:
-                    self._give_back(self._require_current(ledger))
+                    if ledger and ledger.state.generation == self._generation:
+                        self._give_back(ledger)
         if self._data:
             self._data.close()
         self._give_room(self._reserved)
@@ -2779,9 +2780,9 @@ class Body:
 
     def _give_back(self, ledger: _Ledger) -> None:
         """End a claim; an upload that nobody has stored anything of is dropped."""
-        if self._missing:
-            ledger.append(("claim", self.name, 0, 0))
         state = ledger.state
+        if self.name in state.claims:  # it may not have come to that
+            ledger.append(("claim", self.name, 0, 0))
         is_empty = not (state.ranges.total or state.claims or state.begun.is_kept)
         if is_empty and not state.finished:
             self._uploads.drop(ledger)

@@ -2737,6 +2737,16 @@ class StoreTest(StoreCase):
         self.assertEqual(self.sizes(""), [])
         self.assertEqual(self.store.open_uploads, 0)
 
+    def test_body_that_may_not_begin_leaves_nothing(self) -> None:
+        store = self.open(min_free_space=1, max_uploads=1)
+        with self.assertRaises(flowserver.Conflict):  # what comes before is missing
+            store.receive(upload_of(self.data), 300, 600, is_in_order=True)
+        with mock.patch.object(store.disk, "free_space", return_value=800):
+            with self.assertRaises(flowserver.TooLarge):
+                store.receive(upload_of(self.data), 0, 300)
+        self.assertEqual((self.state(".data"), self.sizes("")), ([], []))
+        self.assertEqual(store.open_uploads, 0)
+
     def test_body_that_broke_off_costs_the_others_nothing(self) -> None:
         bodies = [
             self.store.receive(upload_of(self.data), a, b) for a, b in thirds(900)
