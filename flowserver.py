@@ -3853,6 +3853,7 @@ class Content:
         self._left = request.length  # bytes of the body that are not read yet
         self._field_size = 0
         self._files = 0
+        self._is_in_file = False
         self.is_read = False  # its body held parameters, and nothing else
 
     @property
@@ -3878,6 +3879,9 @@ class Content:
 
     def require_marks(self) -> None:
         """Raise Malformed when this could be a chunk of a library, badly written."""
+        headers = self.request.headers
+        if "upload-offset" in headers or headers.get("upload-complete") == "?0":
+            raise Malformed("A part of a file came without Tus-Resumable or ?patch.")
         require_marks(self.given, self._dialects)
 
     def chunk(self, part: Part | None = None) -> Chunk:
@@ -3904,15 +3908,18 @@ class Content:
     def next_file(self) -> Part | None:
         """Return the next file of the body, None at its end; raises Malformed.
 
-        The fields before it are known then; its bytes are those of blocks().
+        The fields before it are known then; its bytes are those of blocks().  What was
+        not read of the file before is passed over.
         """
         if not self._files and not self._begin():
-            self._files += 1
+            self._files, self._is_in_file = 1, True
             return Part("", disposition_name(self.request.headers), "")
+        for _ in self.blocks():
+            pass
         name, value = "", bytearray()
         for event in self._events:
             if isinstance(event, Part) and event.filename is not None:
-                self._files += 1
+                self._files, self._is_in_file = self._files + 1, True
                 self.find_dialect()
                 return event
             if isinstance(event, Part):
@@ -3948,10 +3955,12 @@ class Content:
         """
         if self._parser:
             self._parser.expect(size)
-        for event in self._events:
-            if not isinstance(event, memoryview):
-                return
-            yield event
+        while self._is_in_file:
+            event = next(self._events, None)
+            if isinstance(event, memoryview):
+                yield event
+            else:
+                self._is_in_file = False
 
     def end(self) -> None:
         """Raise Malformed when more files follow, or the body is not whole."""
@@ -3995,10 +4004,12 @@ class Content:
     def read_fields(self) -> None:
         """Take the parameters of a body that holds nothing else.
 
-        That is Fine Uploader's request after the last chunk.
+        That is Fine Uploader's request after the last chunk; with a name it is a file.
         """
-        kind = self.request.headers.get("content-type", "").partition(";")[0].lower()
-        if self.dialect or kind not in ("application/x-www-form-urlencoded", _JSON):
+        headers = self.request.headers
+        kind = headers.get("content-type", "").partition(";")[0].lower()
+        is_file = self.dialect or "content-disposition" in headers
+        if is_file or kind not in ("application/x-www-form-urlencoded", _JSON):
             return
         if self.request.length > _MAX_FIELD_SIZE:
             raise Malformed("The fields of the request are too long.")
@@ -4009,7 +4020,7 @@ class Content:
                 self.given.update((str(name), str(values[name])) for name in values)
             else:
                 parse_query(text.decode("utf-8"), self.given)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise Malformed("The fields of the request can't be read.") from error
         self._files, self.is_read = 1, True
         self.find_dialect()
@@ -4567,7 +4578,8 @@ class Chunks:
             raise BadMethod("Chunks are sent with POST, PUT or PATCH.")
         if request.length < 0:
             raise LengthRequired("The request must say how long its body is.")
-        content.read_fields()
+        if not below:
+            content.read_fields()
         if content.given.get("_method") == "DELETE":  # Fine Uploader
             return self._delete(request, below, content)
         if content.is_read:
@@ -4606,9 +4618,9 @@ class Chunks:
             raise Malformed("The upload to cancel is not named.")
         key = self._intake.upload(request, chunk).key
         if not self._intake.cancelled(request, key) and chunk.is_random:
-            status = self._store.status(key)
-            if status and status.is_finished:
+            if self._store.status(key):
                 raise Forbidden("A finished file can't be removed here.")
+            raise Missing("There is no such upload (any more).")  # a file may be
         return _NO_CONTENT
 
     def _after_last_chunk(self, request: Request, content: Content) -> Response:
@@ -4619,12 +4631,14 @@ class Chunks:
         chunk = content.chunk(_NO_PART)
         upload = self._intake.upload(request, chunk)
         if content.given.get("qqtotalparts") == "0":
-            part = Part("", chunk.filename, "")
-            return self._receive_files(request, content, part, chunk.path)
+            return self._receive_files(request, content, _NO_PART, chunk)
         status = self._store.status(upload.key)
-        if status is None or not status.is_finished:
+        # A file in one chunk leaves no receipt: it was answered as complete.
+        is_one = content.given.get("qqtotalparts") == "1"
+        if not (status.is_finished if status else is_one):
             raise Conflict("This file is not complete; please send it again.")
-        return _success("complete", **_file_values(status.done) if status.done else {})
+        done = status.done if status else None
+        return _success("complete", **_file_values(done) if done else {})
 
     # Chunks
 
@@ -4632,15 +4646,16 @@ class Chunks:
         part = content.next_file()
         if part is None:
             raise content.no_file()
+        if not content.is_form:
+            part = part._replace(filename=below or part.filename)
         if content.dialect is None:
             content.require_marks()
-            path = "" if content.is_form else below
-            return self._receive_files(request, content, part, path)
+            return self._receive_files(request, content, part)
         chunk = content.chunk(part)
         if chunk.length < 0 and content.dialect.has_tests:
             raise Malformed("The number of the chunk is missing.")
         if chunk.length < 0:
-            return self._receive_files(request, content, part, chunk.path)
+            return self._receive_files(request, content, part, chunk)
         return self._receive_chunk(request, content, chunk)
 
     def _receive_chunk(
@@ -4676,15 +4691,22 @@ class Chunks:
     # Whole files
 
     def _receive_files(
-        self, request: Request, content: Content, part: Part | None, path: str
+        self,
+        request: Request,
+        content: Content,
+        part: Part | None,
+        said: Chunk | None = None,
     ) -> Response:
-        """Store each file of a body; what is refused does not cost the others."""
+        """Store each file of a body; what is refused does not cost the others.
+
+        Where a library has `said` its name and size, these hold.
+        """
         files: list[dict[str, object]] = []
         refusal: FlowError | None = None
         while part:
-            name = path or part.filename or ""
+            name = said.path if said else part.filename or ""
             try:
-                done = self._receive_file(request, content, name)
+                done = self._receive_file(request, content, name, said)
                 files += [{"name": name, **_file_values(done)}] if done else []
             except FlowError as error:
                 if isinstance(error, Truncated) or not content.is_form:
@@ -4693,15 +4715,13 @@ class Chunks:
                 files.append({"name": name, "error": str(error)})
                 if content.rest > self._intake.drain_size:  # too much to read on
                     break
-                for _ in content.blocks():
-                    pass
             part = content.next_file()
         if not files:
             raise content.no_file()
         return self._answer_files(request, content, files, refusal)
 
     def _receive_file(
-        self, request: Request, content: Content, name: str
+        self, request: Request, content: Content, name: str, said: Chunk | None
     ) -> Done | None:
         """Store one file; None when a form's field for files was left empty."""
         began, fields = time.monotonic(), content.other_fields()
@@ -4710,6 +4730,7 @@ class Chunks:
             self._intake.check_size("file", at_most)
             _require_name(name)
         chunk = Chunk(secrets.token_hex(16), name, name, -1, 0, -1, is_random=True)
+        upload = self._intake.upload(request, chunk)
         with self._store.receive_whole(at_most) as body:
             for block in content.blocks():
                 self._intake.check_size("file", body.size + len(block))
@@ -4717,8 +4738,10 @@ class Chunks:
             if not name and not body.size:
                 return None
             _require_name(name)
-            upload = self._intake.upload(request, chunk)._replace(size=body.size)
-            progress = body.commit(self._intake.placed(upload, fields), fields)
+            if said and said.size >= 0:
+                _require_length("file", body.size, said.size)
+            upload = self._intake.placed(upload._replace(size=body.size), fields)
+            progress = body.commit(upload, fields)
         self._intake.concluded(request, progress, time.monotonic() - began)
         return progress.done
 
@@ -5237,7 +5260,7 @@ class UploadApp:
                 response.status,
                 max(request.length, 0),
                 seconds,
-                " " + response.body.decode() if response.status >= 400 else "",
+                " " + escaped(response.body.decode()) if response.status >= 400 else "",
             )
 
     def _completed(self, done: Done) -> None:
@@ -5263,10 +5286,10 @@ class UploadApp:
         if request.path.startswith(address + "/"):
             return request
         last = request.path.rpartition("/")[2]
-        below = request.path if request.mount else "/" + last
-        is_id = bool(re.fullmatch("[0-9a-f]{32}", last))
-        is_below = is_id or (request.mount and request.method != "POST" and last)
-        return request._replace(path=address + (below if is_below else ""))
+        below = "/" + last if re.fullmatch("[0-9a-f-]{32,36}", last) else ""
+        if request.mount and request.method == "PUT":
+            below = request.path
+        return request._replace(path=address + below)
 
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]

@@ -3454,6 +3454,343 @@ class Race:
             self.problems.append(f"left: {leftovers(server)}")
 
 
+# ---- chunks and forms ----------------------------------------------------------------
+
+MODES = {
+    name: ("multipart",) if name == "Dropzone" else ("multipart", "address", "raw")
+    for name in LIBRARIES
+}
+DONE = {
+    "urlencoded": ("application/x-www-form-urlencoded", urllib.parse.urlencode),
+    "JSON": ("application/json; charset=utf-8", json.dumps),
+}
+NO_NUMBERS = ("-1", "+1", "1e3", "9" * 16, "\u0663", "x", "1.0", " 1")
+
+
+def hostile_numbers(library: str) -> Iterator[Dict[str, Any]]:
+    """Yield what a chunk from 20 to 25 of 25 bytes may say wrongly of them."""
+    said = parameters_of(library, "a", noise(25), 2, 10)
+    is_head = library == "Content-Range"
+    row = flowserver.recognise({**said, "Content-Range": ""} if is_head else said)
+    assert row is not None
+    wrong: Dict[str, Tuple[object, ...]] = {
+        row.number: (0, 1, row.first + 1, row.first + 3, 9, None, ""),
+        row.total: (0, 9, 24, 26, 100, None, ""),
+        row.start: (0, None) * bool(row.number) + (21, 25, 10**14, ""),
+        row.nominal: (0, 9, 11, 1000, None, ""),
+        row.length: (0, 4, 6, None, ""),
+        row.chunks: (0, 1, 2, 4, 100),
+    }
+    for name in filter(None, wrong):
+        if not is_head:
+            yield from ({name: text} for text in wrong[name] + NO_NUMBERS)
+    for text in ("20-24/24", "20-23/25", "24-20/25", "20-25/25", "20-24/*", "*/25"):
+        if is_head:
+            yield {"Content-Range": "bytes " + text}
+    for size in (0, 4, 6, 300 * KIB):
+        if size != 4 or library != "Plupload":  # which does not say how many
+            yield {"sent": noise(size)}
+
+
+class EveryLibraryTest(unittest.TestCase):
+    """Chunks of all libraries: taken as they are sent, or refused and forgotten."""
+
+    def test_file_arrives_in_every_mode(self) -> None:
+        for library in LIBRARIES:
+            for mode in MODES[library]:
+                with self.subTest(library, mode=mode), application() as app:
+                    name, data = "d/a b+\u00fc%.bin", noise(25)
+                    for index in (0, 1, 2):
+                        sent = chunk_of(library, name, data, index, mode=mode)
+                        answer = send(app, *sent)
+                        self.assertEqual(answer.status, 200, answer.body)
+                        again = send(app, *sent)  # the first answer was lost
+                        self.assertEqual(again.json, answer.json)
+                    self.assertEqual(answer.json["status"], "complete")
+                    self.assertEqual(finished_files(app), {name: data})
+                    self.assertEqual(leftovers(app), {})
+
+    def test_file_of_one_chunk_and_of_none_arrives(self) -> None:
+        for library, size in itertools.product(LIBRARIES, (0, 1, 10)):
+            if size or library not in ("Fine Uploader", "Content-Range"):
+                with self.subTest(library, size=size), application() as app:
+                    answer = send(app, *chunk_of(library, "a", noise(size)))
+                    self.assertEqual(answer.json.get("status"), "complete")
+                    self.assertEqual(finished_files(app), {"a": noise(size)})
+
+    def test_chunks_of_a_library_that_says_where_they_lie_come_in_any_order(
+        self,
+    ) -> None:
+        for library in LIBRARIES:
+            is_in_order = library in ("Plupload", "Content-Range")
+            with self.subTest(library), application() as app:
+                sent = [chunk_of(library, "a", noise(25), n) for n in (2, 0, 1)]
+                statuses = [send(app, *message).status for message in sent]
+                self.assertEqual(statuses[0], 409 if is_in_order else 200)
+                self.assertEqual("a" in finished_files(app), not is_in_order)
+
+    def test_chunk_that_contradicts_itself_leaves_nothing(self) -> None:
+        for library in LIBRARIES:
+            with self.subTest(library), application() as app:
+                for index in (0, 1):
+                    send(app, *chunk_of(library, "a", noise(25), index))
+                before = set(leftovers(app))
+                for wrong in hostile_numbers(library):
+                    for mode in MODES[library]:
+                        message = chunk_of(
+                            library, "a", noise(25), 2, 10, mode, **wrong
+                        )
+                        self.check_refused(app, message, (mode, wrong))
+                        self.assertEqual(set(leftovers(app)), before, (mode, wrong))
+                answer = send(app, *chunk_of(library, "a", noise(25), 2))
+                self.assertEqual(answer.json["status"], "complete")
+                self.assertEqual(finished_files(app), {"a": noise(25)})
+
+    def check_refused(self, app: UploadApp, message: Message, what: Any) -> None:
+        answer = send(app, *message)
+        self.assertIn(answer.status, range(400, 500), what)
+        self.assertRegex(answer.json["error"], r"\A[^\n]+\.\Z", what)
+
+    def test_name_that_leads_outside_or_nowhere_is_refused(self) -> None:
+        wrong = ("", "..", "../a", "d/../../a", "d\\..\\..\\a", ".", "d/", "a/..")
+        for library in LIBRARIES:
+            with application() as app:
+                for name, mode in itertools.product(wrong, MODES[library]):
+                    with self.subTest(library, name=name, mode=mode):
+                        message = chunk_of(library, name, noise(25), mode=mode)
+                        self.check_refused(app, message, mode)
+                self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+
+    def test_parameter_with_two_values_is_refused(self) -> None:
+        for library in set(LIBRARIES) - {"Content-Range"}:
+            with application() as app:
+                for name in parameters_of(library, "d/a", noise(25), 0, 10):
+                    with self.subTest(library, name=name):
+                        path = chunk_of(library, "d/a", noise(25), mode="address").path
+                        twice = form({name: "1x"}, ("file", "a", noise(10)), path=path)
+                        self.check_refused(app, twice, name)
+                self.assertEqual(leftovers(app), {})
+
+    def test_form_of_a_chunk_has_one_file_and_it_is_the_last(self) -> None:
+        file, more = ("file", "a", noise(10)), ("file", "b", b"x")
+        for library in LIBRARIES:
+            path = chunk_of(library, "a", noise(25), mode="address").path
+            said = parameters_of(library, "a", noise(25), 0, 10)
+            heads = {word: str(text) for word, text in said.items() if "-" in word}
+            with self.subTest(library), application() as app:
+                for files in ((), (file, more), (more, file)):
+                    message = form({}, *files, path=path, headers=heads)
+                    self.check_refused(app, message, files)
+                self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+
+    def test_chunk_of_a_known_library_is_never_taken_for_a_file(self) -> None:
+        for library in set(LIBRARIES) - {"Content-Range", "Plupload"}:
+            marks = DIALECTS[library].marks
+            for mark, mode in itertools.product(marks, MODES[library]):
+                message = chunk_of(library, "a", noise(25), 1, 10, mode, **{mark: None})
+                with self.subTest(library, mark=mark), application() as app:
+                    self.check_refused(app, message, mode)
+                    self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+        for said in ({"chunk": "1"}, {"chunks": "3"}, {"offset": "10"}):
+            message = form({"name": "a", **said}, ("file", "blob", noise(10)))
+            with self.subTest(said), application() as app:
+                self.check_refused(app, message, said)
+                self.assertEqual(finished_files(app), {})
+
+    def test_part_of_another_protocol_is_never_taken_for_a_file(self) -> None:
+        """A tus client whose Tus-Resumable a proxy has removed, say."""
+        for method, name in itertools.product(("POST", "PUT", "PATCH"), ("", "/abc")):
+            head = {
+                "Upload-Offset": "5",
+                "Content-Type": "application/offset+octet-stream",
+            }
+            with self.subTest(method), application() as app:
+                message = Message(method, "/upload" + name, noise(10), head)
+                self.check_refused(app, message, name)
+                self.assertEqual(finished_files(app), {})
+
+    def test_curl_goes_on_with_a_name_behind_the_address(self) -> None:
+        """``curl -T a.bin -C 10 .../upload/d/a.bin``"""
+        with application() as app:
+            for where in ("0-9/25", "10-24/25"):
+                low, high = map(int, re.findall("[0-9]+", where)[:2])
+                head = {"Content-Range": "bytes " + where}
+                sent = noise(25)[low : high + 1]
+                answer = send(app, "PUT", "/upload/d/a.bin", sent, head)
+                self.assertEqual(answer.status, 200, answer.body)
+            self.assertEqual(finished_files(app), {"d/a.bin": noise(25)})
+
+    def test_resized_image_in_one_chunk_arrives(self) -> None:
+        said = {"dztotalfilesize": 900, "dztotalchunkcount": 1}
+        with application() as app:
+            message = chunk_of("Dropzone", "a", noise(25), 0, 100, **said)
+            self.assertEqual(send(app, *message).json["size"], 25)
+            self.assertEqual(finished_files(app), {"a": noise(25)})
+
+    def test_strangers_with_an_identifier_that_a_program_set_do_not_meet(self) -> None:
+        with application() as app:
+            for index, seed in itertools.product((0, 1, 2), (1, 2)):
+                data, client = noise(25, seed), f"10.0.0.{seed}"
+                message = chunk_of("Dropzone", "a", data, index, dzuuid="1")
+                self.assertEqual(send(app, *message, client=client).status, 200)
+            self.assertEqual(
+                finished_files(app), {"a": noise(25, 1), "a (1)": noise(25, 2)}
+            )
+
+    def test_who_knows_a_drawn_identifier_goes_on_from_any_address(self) -> None:
+        for library in ("Dropzone", "Fine Uploader"):
+            with application() as app:
+                for index in (0, 1, 2):
+                    message = chunk_of(library, "a", noise(25), index)
+                    send(app, *message, client=f"10.0.0.{index}")
+                self.assertEqual(finished_files(app), {"a": noise(25)})
+
+    def test_refusal_is_told_with_the_status_that_ends_it(self) -> None:
+        for library in LIBRARIES:
+            with self.subTest(library), application(max_file_size=24) as app:
+                status = send(app, *chunk_of(library, "a", noise(25))).status
+                self.assertIn(status, GIVES_UP.get(library, range(400, 600)))
+
+
+class FineUploaderTest(unittest.TestCase):
+    """What Fine Uploader asks beside sending chunks."""
+
+    def setUp(self) -> None:
+        context = application()
+        self.app = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+
+    def give(self, *indexes: int, **how: Any) -> Answer:
+        for index in indexes:
+            answer = send(
+                self.app, *chunk_of("Fine Uploader", "a", noise(25), index, **how)
+            )
+        return answer
+
+    def end(self, kind: str = "JSON", **changes: object) -> Answer:
+        said = {"qquuid": UUID, "qqfilename": "a", "qqtotalfilesize": 25}
+        said.update({"qqtotalparts": 3, **changes})
+        head, write = DONE[kind]
+        return send(
+            self.app, "POST", "/upload", write(said).encode(), {"Content-Type": head}
+        )
+
+    def test_end_of_a_complete_file_is_a_success(self) -> None:
+        for kind in DONE:
+            self.give(2, 1, 0)
+            for _ in "12":
+                answer = self.end(kind, other=[1, {"a": None}])
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(answer.json["path"], "a")
+            self.assertIs(answer.json["success"], True)
+
+    def test_end_of_a_file_that_is_not_complete_is_an_error(self) -> None:
+        for kind in DONE:
+            self.assertEqual(self.end(kind).status, 409)
+            self.give(0, 2)
+            self.assertEqual(self.end(kind).status, 409)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_end_of_a_file_in_one_chunk_is_a_success(self) -> None:
+        """Its chunk was answered as complete; it leaves no receipt."""
+        self.give(0, size=25)
+        self.assertEqual(self.end(qqtotalparts=1).status, 200)
+
+    def test_end_is_all_that_is_sent_of_an_empty_file(self) -> None:
+        for kind in DONE:
+            for _ in "12":
+                answer = self.end(kind, qqtotalparts=0, qqtotalfilesize=0, qqpath="d/")
+                self.assertEqual(answer.json["path"], "d/a")
+        self.assertEqual(finished_files(self.app), {"d/a": b""})
+
+    def test_end_that_makes_no_sense_is_refused(self) -> None:
+        for changes in (
+            {"qqtotalparts": 0, "qqtotalfilesize": 25},
+            {"qqtotalparts": 0, "qqfilename": "../a"},
+            {"qqtotalparts": 0, "qqfilename": ""},
+            {"qquuid": ""},
+            {"qqtotalfilesize": "x"},
+        ):
+            with self.subTest(changes):
+                self.assertEqual(
+                    self.end(**{"qqtotalfilesize": 0, **changes}).status, 400
+                )
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_body_that_holds_no_parameters_is_refused(self) -> None:
+        for kind, body in (
+            ("application/json", b"[" * 60000),
+            ("application/json", b"[]"),
+            ("application/json", b"7"),
+            ("application/json", b"{"),
+            ("application/json", b"\xff"),
+            ("application/json", b"{}"),
+            ("application/json", b" " * 70000 + b"{}"),
+            ("application/x-www-form-urlencoded", b"a=1&a=2"),
+            ("application/x-www-form-urlencoded", b"a=%ff"),
+            ("application/x-www-form-urlencoded", b"a=1"),
+        ):
+            with self.subTest(kind, body=body[:9]):
+                answer = send(self.app, "POST", "/upload", body, {"Content-Type": kind})
+                self.assertEqual(answer.status, 400)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_resumed_upload_that_is_unknown_begins_anew(self) -> None:
+        reset = {"success": False, "reset": True}
+        for mode in MODES["Fine Uploader"]:
+            answer = self.give(1, mode=mode, qqresume="true")
+            self.assertEqual((answer.status, answer.json), (200, reset))
+            self.assertEqual(leftovers(self.app), {})
+        self.give(0)
+        self.assertIs(self.give(1, qqresume="true").json["success"], True)
+
+    def test_all_of_a_file_in_one_form_arrives(self) -> None:
+        said = {"qquuid": UUID, "qqfilename": "b", "qqtotalfilesize": "25"}
+        answer = send(self.app, *form(said, ("qqfile", "a", noise(25))))
+        self.assertEqual((answer.status, answer.json["path"]), (200, "b"))
+        query = urllib.parse.urlencode(
+            {"qquuid": UUID, "qqfilename": "c d", "qqfile": "c d"}
+        )
+        kind = {"Content-Type": "application/octet-stream"}
+        send(self.app, "POST", "/upload?" + query, noise(25), kind)
+        self.assertEqual(set(finished_files(self.app)), {"b", "c d"})
+
+    def test_file_of_another_size_than_it_says_is_refused(self) -> None:
+        for size in ("24", "26", "x"):
+            said = {"qquuid": UUID, "qqfilename": "b", "qqtotalfilesize": size}
+            answer = send(self.app, *form(said, ("qqfile", "a", noise(25))))
+            self.assertEqual(answer.status, 400)
+        self.assertEqual((finished_files(self.app), leftovers(self.app)), ({}, {}))
+
+    def delete(self, how: str) -> int:
+        if how == "DELETE":
+            return send(self.app, "DELETE", f"/upload/{UUID}?more=1").status
+        said = urllib.parse.urlencode({"_method": "DELETE", "qquuid": UUID}).encode()
+        return send(
+            self.app, "POST", "/upload", said, {"Content-Type": DONE[how][0]}
+        ).status
+
+    def test_unfinished_upload_is_forgotten_and_a_file_stays(self) -> None:
+        for how in ("DELETE", "urlencoded"):
+            self.assertEqual(self.delete(how), 404)
+            self.give(0)
+            self.assertEqual((self.delete(how), leftovers(self.app)), (204, {}))
+            self.give(0, 1, 2)
+            self.assertEqual(self.delete(how), 403)
+            self.assertEqual(finished_files(self.app), {"a": noise(25)})
+            self.app.sweep()
+            os.unlink(os.path.join(self.app.store.upload_dir, "a"))
+            shutil.rmtree(self.app.store.state_dir)
+            os.mkdir(self.app.store.state_dir)
+
+    def test_file_that_is_not_known_any_more_is_not_told_to_be_gone(self) -> None:
+        """Fine Uploader asks for it when a file is stored, and would show it gone."""
+        self.give(0, size=25)
+        for how in ("DELETE", "urlencoded"):
+            self.assertIn(self.delete(how), range(400, 500))
+        self.assertEqual(list(finished_files(self.app)), ["a"])
+
+
 # ---- application ---------------------------------------------------------------------
 
 
@@ -5219,6 +5556,28 @@ class WsgiTest(unittest.TestCase):
             posted = self.call(app, browser("a", b"x", path=""), **place)
             self.assertEqual(posted.json["path"], "a")
             self.assertEqual(self.call(app, Message("GET", "/other")).status, 204)
+
+    def test_chunks_go_to_any_address_and_are_cancelled_below_it(self) -> None:
+        """A 404 to its test would be the end of flow.js's upload."""
+        with application() as app:
+            for mount, path in itertools.product(("", "/m"), ("/upload", "/x", "/x/y")):
+                with self.subTest(mount, path=path):
+                    where = {"SCRIPT_NAME": mount}
+                    for method in ("GET", "DELETE"):
+                        asked = browser("a", noise(25), 1, 10, "test", method, path)
+                        self.assertEqual(self.call(app, asked, **where).status, 204)
+                    chunk = chunk_of("Fine Uploader", "a", noise(25))
+                    self.call(app, chunk._replace(path=path), **where)
+                    gone = self.call(app, Message("DELETE", f"{path}/{UUID}"), **where)
+                    self.assertEqual((gone.status, leftovers(app)), (204, {}))
+
+    def test_whole_files_have_paths_below_the_mount(self) -> None:
+        with application() as app:
+            for path in ("/upload/d/a", "/d/b"):
+                message = Message("PUT", path, b"x")
+                answer = self.call(app, message, SCRIPT_NAME="/m")
+                self.assertEqual(answer.status, 200)
+            self.assertEqual(set(finished_files(app)), {"d/a", "d/b"})
 
     def test_paths_count_when_the_mount_is_all_there_is(self) -> None:
         with application(any_path=False) as app:
