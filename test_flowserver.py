@@ -3791,6 +3791,292 @@ class FineUploaderTest(unittest.TestCase):
         self.assertEqual(list(finished_files(self.app)), ["a"])
 
 
+def cut(message: Message, size: int, client: str = "::1") -> Request:
+    """Return the request of a message whose body breaks off."""
+    return prepared(message, io.BytesIO(message.body[:size]).read)
+
+
+class WholeFileTest(unittest.TestCase):
+    """Forms and PUT: each file is stored whole, or nothing of it."""
+
+    PAGE = {"Accept": "text/html,application/xhtml+xml", "Sec-Fetch-Mode": "navigate"}
+
+    def test_files_of_a_form_are_stored_under_their_names(self) -> None:
+        files = {"a": noise(25), "d/e.txt": b"", "\u65e5 \u00fc%20.bin": noise(3)}
+        with application() as app:
+            sent = (("files[]", name, data) for name, data in files.items())
+            answer = send(app, *form({}, *sent))
+            self.assertEqual((answer.status, answer.json["success"]), (200, True))
+            self.assertEqual([f["path"] for f in answer.json["files"]], list(files))
+            self.assertEqual(finished_files(app), files)
+
+    def test_answer_for_one_file_has_the_usual_keys(self) -> None:
+        with application() as app:
+            answer = send(app, *form({}, ("f", "a", b"x"))).json
+            one = {"name": "a", "filename": "a", "path": "a", "size": 1}
+            whole = {"success": True, "status": "complete", "files": [one]}
+            self.assertEqual(answer, {**one, **whole})
+
+    def test_field_for_files_that_was_left_empty_is_no_file(self) -> None:
+        empty = ("f", "", b"")
+        with application() as app:
+            answer = send(app, *form({"a": "b"}, empty, ("f", "a", b"x"), empty))
+            self.assertEqual([f["name"] for f in answer.json["files"]], ["a"])
+            for message in (form({"a": "b"}, empty, empty), form({"a": "b"}), form({})):
+                answer = send(app, *message)
+                self.assertEqual(answer.status, 400)
+                self.assertIn("no file", answer.json["error"])
+
+    def test_refused_file_costs_the_others_nothing(self) -> None:
+        files = [("f", f"{n}", noise(n)) for n in range(100)]
+        wrong = {
+            "name": ("f", "../x", noise(60), 400),
+            "no name": ("f", "", noise(60), 400),
+            "size": ("f", "x", noise(101), 413),
+            "empty and wrong": ("f", "..", b"", 400),
+            "folder": ("f", "7/x", noise(60), 409),
+        }
+        for (what, (*one, status)), place in itertools.product(
+            wrong.items(), (9, 50, 100)
+        ):
+            sent = files[:place] + [tuple(one)] + files[place:]
+            with self.subTest(what, place=place), application(max_file_size=100) as app:
+                answer = send(app, *form({}, *sent))
+                self.assertEqual(answer.status, status)
+                said = answer.json["files"]
+                self.assertEqual([f["name"] for f in said], [f[1] for f in sent])
+                self.assertEqual(
+                    [n for n, f in enumerate(said) if "error" in f], [place]
+                )
+                self.assertEqual(answer.json["error"], said[place]["error"])
+                kept = {name: data for _, name, data in files}
+                self.assertEqual(finished_files(app), kept)
+                self.assertEqual(leftovers(app), {})
+
+    def test_two_refusals_have_the_status_of_the_first(self) -> None:
+        with application(max_file_size=5) as app:
+            for names, status in ((("x", ".."), 413), (("..", "x"), 400)):
+                sent = (("f", name, noise(6)) for name in names)
+                answer = send(app, *form({}, *sent, ("f", "a", b"y")))
+                self.assertEqual(answer.status, status)
+                self.assertEqual(len(answer.json["files"]), 3)
+            self.assertEqual(finished_files(app), {"a": b"y"})
+
+    def test_file_is_refused_while_it_comes_and_is_not_read_on_for_ever(self) -> None:
+        size = 1 << 40
+        start = form({}, ("f", "a", b""))
+        body = start.body[: -len(BOUNDARY) - 8]
+        blocks, read = itertools.chain([body], itertools.repeat(bytes(MIB))), []
+
+        def endless(most: int) -> bytes:
+            read.append(next(blocks)[:most])
+            return read[-1]
+
+        with application(max_file_size=3 * MIB, max_chunk_size=MIB) as app:
+            request = prepared(start, endless)._replace(length=size)
+            self.assertEqual(app.handle(request).status, 413)
+            self.assertLess(len(read), 9)
+            self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+
+    def test_size_of_a_raw_file_is_what_its_length_says(self) -> None:
+        for length, status in ((-1, 411), (26, 408), (24, 200), (101, 413)):
+            with self.subTest(length), application(max_file_size=100) as app:
+                message = Message("PUT", "/upload/a", noise(25))
+                read = mock.Mock(side_effect=io.BytesIO(message.body).read)
+                request = prepared(message, read)._replace(length=length)
+                self.assertEqual(app.handle(request).status, status)
+                is_read = status in (200, 408)
+                self.assertEqual(read.called, is_read)
+                there = {"a": noise(25)[:24]} if status == 200 else {}
+                self.assertEqual((finished_files(app), leftovers(app)), (there, {}))
+
+    def test_file_has_the_path_behind_the_address(self) -> None:
+        paths = {
+            "d/e/a.bin": "d/e/a.bin",
+            "d%2Fa%20b+c%25.bin": "d/a b+c%.bin",
+            "%E6%97%A5.bin": "\u65e5.bin",
+            "./b//c": "b/c",
+        }
+        with serving() as server:
+            for path, name in paths.items():
+                for method in ("PUT", "POST"):
+                    with self.subTest(path, method=method):
+                        answer = send(server, method, "/upload/" + path, noise(25))
+                        self.assertEqual(answer.json["path"], name)
+            for path in (
+                "..",
+                "%2e%2e/a",
+                "d/..%2f..%2fa",
+                "a%5C..%5C..%5Cb",
+                "d/",
+                "",
+            ):
+                for method in ("PUT", "POST"):
+                    with self.subTest(path, method=method):
+                        answer = send(server, method, "/upload/" + path, noise(25))
+                        self.assertEqual(answer.status, 400)
+            self.assertEqual(set(finished_files(server)), set(paths.values()))
+
+    def test_raw_file_may_be_named_in_the_head(self) -> None:
+        """As blueimp does it with multipart: false, and of any type."""
+        for kind in (
+            "image/png",
+            "application/json",
+            "application/x-www-form-urlencoded",
+        ):
+            head = {"Content-Type": kind, "Content-Disposition": 'a; filename="%c3%a4"'}
+            with self.subTest(kind), application() as app:
+                for method, path in (("POST", "/upload"), ("PUT", "/upload/b")):
+                    answer = send(app, method, path, b'{"a":1}', head)
+                    self.assertEqual(answer.status, 200, answer.body)
+                self.assertEqual(set(finished_files(app)), {"\u00e4", "b"})
+        with application() as app:
+            answer = send(app, "POST", "/upload", b"x", {"Content-Type": "image/png"})
+            self.assertIn("has no name", answer.json["error"])
+
+    def test_body_that_is_cut_keeps_nothing_of_that_file(self) -> None:
+        files = {"a": noise(25, 1), "b": noise(25, 2), "c": b""}
+        message = form({"x": "1"}, *(("f", n, data) for n, data in files.items()))
+        with application() as app:
+            for size in range(0, len(message.body), 7):
+                status = app.handle(cut(message, size)).status
+                self.assertEqual(status, 408 if size else 400)
+                for name, data in finished_files(app).items():
+                    self.assertEqual(data, files[name])
+                self.assertEqual(leftovers(app), {})
+            raw = Message("PUT", "/upload/d", noise(25))
+            for size in range(25):
+                self.assertIn(app.handle(cut(raw, size)).status, (400, 408))
+            self.assertNotIn("d", finished_files(app))
+
+    def test_browser_that_navigates_gets_a_page(self) -> None:
+        name = "<b>&'x"
+        with application(max_file_size=9) as app:
+            for size, status in ((9, 200), (10, 413)):
+                files = ("f", name, noise(size)), ("f", "b", b"y")
+                answer = send(app, *form({}, *files, headers=self.PAGE))
+                self.assertEqual(answer.status, status)
+                self.assertIn("text/html", answer.headers["content-type"])
+                self.assertNotIn(b"<b>", answer.body)
+                shown = (
+                    b"_b_&amp;&#x27;x" if status == 200 else b"&lt;b&gt;&amp;&#x27;x"
+                )
+                self.assertIn(b"<li>" + shown, answer.body)
+                self.assertEqual(b"stored" in answer.body, True)
+            nothing = send(app, *form({}, headers=self.PAGE))
+            self.assertIn(b"<li>: There is no file in the form.", nothing.body)
+            refused = dict(self.PAGE, Origin="http://evil.example")
+            answer = send(app, *form({}, ("f", "a", b"x"), headers=refused))
+            self.assertIn("text/html", answer.headers["content-type"])
+
+    def test_script_gets_json(self) -> None:
+        for head in (
+            {"Accept": "*/*"},
+            {"Accept": "application/json"},
+            {**self.PAGE, "Sec-Fetch-Mode": "cors"},
+            {**self.PAGE, "X-Requested-With": "XMLHttpRequest"},
+        ):
+            with application() as app:
+                answer = send(app, *form({}, ("f", "a", b"x"), headers=head))
+                self.assertIs(answer.json["success"], True)
+
+    def test_page_of_a_refusal_is_one_line_of_the_log(self) -> None:
+        message = form({}, ("f", "../\u2028\u0085\u202ex", b"x"), headers=self.PAGE)
+        with application() as app, self.assertLogs("flowserver", "INFO") as logs:
+            self.assertEqual(send(app, *message).status, 400)
+        self.assertTrue(all(line.isprintable() for line in logs.output), logs.output)
+
+    def test_fields_before_a_file_reach_the_functions_of_the_program(self) -> None:
+        done: List[Any] = []
+        place = mock.Mock(side_effect=lambda one: "p/" + one.relative_path)
+        fields = {"a": "1", "name": "x", "_charset_": "\u00e4"}
+        with application(on_complete=done.append, place=place) as app:
+            files = ("f", "d/b", noise(25)), ("f", "c", b"")
+            send(app, *form(fields, *files, path="/upload?q=2"))
+        for one, asked, size in zip(done, place.mock_calls, (25, 0)):
+            self.assertEqual(one.fields, {**fields, "q": "2"})
+            self.assertEqual(asked.args[0].fields, one.fields)
+            self.assertEqual((one.size, asked.args[0].size), (size, size))
+        self.assertEqual([one.relative_path for one in done], ["p/d/b", "p/c"])
+
+    def test_file_of_another_size_has_another_identity(self) -> None:
+        done: List[Any] = []
+        with application(on_complete=done.append) as app:
+            for _ in "12":
+                send(app, "PUT", "/upload/a", b"x")
+        self.assertEqual(len({one.id for one in done}), len(done))
+
+    def test_methods_that_store_nothing_are_refused(self) -> None:
+        with application() as app:
+            for method in ("MOVE", "TRACE", "get"):
+                self.assertEqual(send(app, method, "/upload/a", b"x").status, 405)
+            self.assertEqual(send(app, "GET", "/upload/a").status, 404)
+
+
+class SequentialTest(unittest.TestCase):
+    """Libraries that give no identifier: never two files in one."""
+
+    LIBRARIES = ("Plupload", "Content-Range")
+    ORDERS = sorted(set(itertools.permutations("AAABBB")))
+
+    def run_order(self, library: str, order: Sequence[str], files: Any) -> Any:
+        """Let clients send their chunks in this order; who hears an error stops."""
+        with application() as app:
+            sent: Dict[str, List[int]] = {"A": [], "B": []}
+            for who in order:
+                index, failed = len(sent[who]), any(s != 200 for s in sent[who])
+                if not failed:
+                    message = chunk_of(library, "a", files[who], index)
+                    sent[who].append(send(app, *message).status)
+            happy = [files[w] for w in sent if sent[w] == [200, 200, 200]]
+            found = list(finished_files(app).values())
+            self.assertTrue(all(data in found for data in happy), sent)
+            self.assertTrue(all(data in files.values() for data in found), sent)
+            return happy
+
+    def test_two_at_once_get_their_own_files_or_hear_an_error(self) -> None:
+        both = 0
+        for library, at in itertools.product(self.LIBRARIES, (0, 12, 24)):
+            files = {"A": noise(25), "B": changed(noise(25), at)}
+            for order in self.ORDERS:
+                with self.subTest(library, order="".join(order), at=at):
+                    both += len(self.run_order(library, order, files)) == 2
+        self.assertGreater(both, 0)
+
+    def test_two_at_once_with_one_content_are_both_served(self) -> None:
+        files = {"A": noise(25), "B": noise(25)}
+        for library in self.LIBRARIES:
+            for order in self.ORDERS:
+                with self.subTest(library, order="".join(order)):
+                    self.assertEqual(len(self.run_order(library, order, files)), 2)
+
+    def test_who_goes_on_in_the_middle_of_nothing_is_refused(self) -> None:
+        for library, index in itertools.product(self.LIBRARIES, (1, 2)):
+            with application() as app:
+                answer = send(app, *chunk_of(library, "a", noise(25), index))
+                self.assertEqual((answer.status, leftovers(app)), (409, {}))
+                self.assertEqual(app.store.open_uploads, 0)
+                self.assertIn("beginning", answer.json["error"])
+
+    def test_strangers_do_not_meet(self) -> None:
+        for library in self.LIBRARIES:
+            with application() as app:
+                for index, seed in itertools.product((0, 1, 2), (1, 2)):
+                    message = chunk_of(library, "a", noise(25, seed), index)
+                    answer = send(app, *message, client=f"10.0.0.{seed}")
+                    self.assertEqual(answer.status, 200)
+                found = sorted(finished_files(app).values())
+                self.assertEqual(found, sorted((noise(25, 1), noise(25, 2))))
+
+    def test_names_and_sizes_keep_uploads_apart(self) -> None:
+        files = {"a": noise(25), "b": noise(25, 2), "c": noise(24)}
+        with application() as app:
+            for library, index in itertools.product(self.LIBRARIES, (0, 1, 2)):
+                for name, data in files.items():
+                    send(app, *chunk_of(library, name, data, index))
+            self.assertEqual(finished_files(app), files)
+
+
 # ---- application ---------------------------------------------------------------------
 
 
