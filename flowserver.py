@@ -1511,6 +1511,7 @@ _LINES: Mapping[str, Callable[..., None]] = {
 _CHANGED = "This file has changed since it was sent last; please send it once more."
 _UNDONE = "Another attempt at this chunk was under way; please send it again."
 _CANCELLED = "This upload was cancelled while the chunk was under way."
+_ANOTHER_FILE = "Another file of this name and size is just being sent."
 _OTHER_SIZE = "A file of another size was begun under this identifier."
 _NO_BEGINNING = "The beginning of this file is not here; please send all of it again."
 
@@ -2104,6 +2105,7 @@ def _taken(path: str) -> Conflict:
 # <key>-<generation>.call is locked by whoever is inside of on_complete.
 
 _WAIT_SECONDS = 10.0  # for what may still differ, before a file gets its name
+_BUSY_SECONDS = 60.0  # between the chunks of a client that sends one after the other
 _ANSWER_SECONDS = 1.0  # between what is recorded and the end of its body
 
 
@@ -2674,8 +2676,20 @@ class Body:
             ledger = self._require_current(found)
             error = ledger.state.on_difference(start, end, self._missing)
             if isinstance(error, Conflict):
+                self._require_idle(ledger)
                 self._uploads.drop(ledger)
             raise error
+
+    def _require_idle(self, ledger: _Ledger) -> None:
+        """Raise Conflict when these may be the chunks of another file, which go on.
+
+        Without an identifier they could not be told from those of this one, once it
+        began in that one's place.
+        """
+        data = self._disk.stat_path(ledger.data_path)
+        age = self._uploads.clock() - data.st_mtime if data else math.inf
+        if self.is_in_order and not self.upload.is_secret and age < _BUSY_SECONDS:
+            raise Conflict(_ANOTHER_FILE)
 
     def _leave_published(self) -> None:
         """Go on in a new upload: this is not what the finished file has."""

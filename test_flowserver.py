@@ -3836,9 +3836,7 @@ class WholeFileTest(unittest.TestCase):
             "empty and wrong": ("f", "..", b"", 400),
             "folder": ("f", "7/x", noise(60), 409),
         }
-        for (what, (*one, status)), place in itertools.product(
-            wrong.items(), (9, 50, 100)
-        ):
+        for place, (what, (*one, status)) in zip((50, 0, 99, 100, 8), wrong.items()):
             sent = files[:place] + [tuple(one)] + files[place:]
             with self.subTest(what, place=place), application(max_file_size=100) as app:
                 answer = send(app, *form({}, *sent))
@@ -4019,36 +4017,66 @@ class SequentialTest(unittest.TestCase):
     LIBRARIES = ("Plupload", "Content-Range")
     ORDERS = sorted(set(itertools.permutations("AAABBB")))
 
-    def run_order(self, library: str, order: Sequence[str], files: Any) -> Any:
-        """Let clients send their chunks in this order; who hears an error stops."""
-        with application() as app:
-            sent: Dict[str, List[int]] = {"A": [], "B": []}
-            for who in order:
-                index, failed = len(sent[who]), any(s != 200 for s in sent[who])
-                if not failed:
-                    message = chunk_of(library, "a", files[who], index)
-                    sent[who].append(send(app, *message).status)
-            happy = [files[w] for w in sent if sent[w] == [200, 200, 200]]
-            found = list(finished_files(app).values())
-            self.assertTrue(all(data in found for data in happy), sent)
-            self.assertTrue(all(data in files.values() for data in found), sent)
-            return happy
+    def run_order(
+        self, app: UploadApp, name: str, library: str, order: Any, files: Any, then: str
+    ) -> List[str]:
+        """Let two clients send in this order; return who heard of no error.
+
+        After an error a client stops, sends the chunk again ("retry"), or all ("all").
+        """
+        index, tries = {"A": 0, "B": 0}, {"A": 3, "B": 3}
+        for who in order:
+            if index[who] < 3 and tries[who]:
+                message = chunk_of(library, name, files[who], index[who])
+                if send(app, *message).status == 200:
+                    index[who] += 1
+                else:
+                    tries[who] = 0 if then == "stop" else tries[who] - 1
+                    index[who] *= then == "retry"
+        return [who for who in files if index[who] == 3]
+
+    def happy(self, orders: Sequence[Any], at: int, then: str = "stop") -> List[int]:
+        """Try orders of files that differ `at` a place; return how many were happy."""
+        files, counts = {"A": noise(25), "B": noise(25)}, []
+        files["B"] = changed(files["B"], at) if at >= 0 else files["B"]
+        for library in self.LIBRARIES:
+            with application() as app:
+                whos = [
+                    self.run_order(app, f"{n}", library, order, files, then)
+                    for n, order in enumerate(orders)
+                ]
+                found = finished_files(app)
+                self.assertLessEqual(set(found.values()), set(files.values()), "mixed")
+                for n, order in enumerate(orders):
+                    mine = (found.get(f"{n}"), found.get(f"{n} (1)"))
+                    for who in whos[n]:
+                        self.assertIn(files[who], mine, f"{who} was lost of {order}")
+                counts += map(len, whos)
+        return counts
 
     def test_two_at_once_get_their_own_files_or_hear_an_error(self) -> None:
-        both = 0
-        for library, at in itertools.product(self.LIBRARIES, (0, 12, 24)):
-            files = {"A": noise(25), "B": changed(noise(25), at)}
-            for order in self.ORDERS:
-                with self.subTest(library, order="".join(order), at=at):
-                    both += len(self.run_order(library, order, files)) == 2
-        self.assertGreater(both, 0)
+        happy = [self.happy(self.ORDERS, at) for at in (0, 12, 24)]
+        self.assertEqual(set(sum(happy, [])), {1, 2})
+
+    def test_two_that_try_again_get_their_own_files_or_hear_an_error(self) -> None:
+        chance = random.Random(3)
+        orders = [chance.choices("AB", k=25) for _ in range(8)]
+        for at, then in itertools.product((0, 12, 24), ("retry", "all")):
+            self.assertNotIn(0, self.happy(orders, at, then))
 
     def test_two_at_once_with_one_content_are_both_served(self) -> None:
-        files = {"A": noise(25), "B": noise(25)}
+        self.assertEqual(set(self.happy(self.ORDERS, -1)), {2})
+
+    def test_file_that_was_left_in_the_middle_may_be_sent_changed(self) -> None:
         for library in self.LIBRARIES:
-            for order in self.ORDERS:
-                with self.subTest(library, order="".join(order)):
-                    self.assertEqual(len(self.run_order(library, order, files)), 2)
+            with application() as app:
+                send(app, *chunk_of(library, "a", noise(25, 1)))
+                for name in leftovers(app):
+                    os.utime(os.path.join(app.store.state_dir, name), (1, 1))
+                sent = [chunk_of(library, "a", noise(25, 2), n) for n in (0, 0, 1, 2)]
+                statuses = [send(app, *message).status for message in sent]
+                self.assertEqual(statuses, [409, 200, 200, 200])
+                self.assertEqual(finished_files(app), {"a": noise(25, 2)})
 
     def test_who_goes_on_in_the_middle_of_nothing_is_refused(self) -> None:
         for library, index in itertools.product(self.LIBRARIES, (1, 2)):
