@@ -2535,7 +2535,7 @@ class Body:
     def begin(self) -> None:
         """Find out where the bytes go."""
         uploads = self._uploads
-        is_aside = self.is_whole and not uploads.announce
+        is_aside = self.is_whole and not (uploads.announce or self.is_kept)
         with uploads.entered(self.upload.key, create=not is_aside) as ledger:
             if ledger and ledger.state.upload.size not in (-1, self.upload.size):
                 raise Conflict(_OTHER_SIZE)
@@ -2903,7 +2903,7 @@ class Store:
     def open(self, upload: Upload) -> Progress:
         """Make an upload before its first byte comes; one of 0 bytes is finished."""
         if not upload.size:
-            with self.receive(upload, 0, 0) as body:
+            with self.receive(upload, 0, 0, is_kept=True) as body:
                 return body.commit()
         uploads, key = self._uploads, upload.key
         with explained(), uploads.entered(key, create=True, flushes=True) as ledger:
@@ -2911,6 +2911,8 @@ class Store:
             if not ledger.state.generation:
                 uploads.room.take(0, upload.size)
                 uploads.begin(ledger, upload, is_whole=False, is_kept=True)
+                flags = os.O_RDWR | os.O_CREAT  # it is counted by its data file
+                _File(self.disk, ledger.data_path, flags).close()
             return Progress(ledger.state.ranges.total, upload.size)
 
     def has(self, upload: Upload, start: int, end: int) -> bool:

@@ -3040,6 +3040,21 @@ class StoreTest(StoreCase):
             self.assertEqual(body.commit().done.path, self.store.upload_dir + "/a.bin")
         self.assertEqual(self.files(), {"a.bin": self.data})
 
+    def test_opened_upload_is_counted_before_its_first_byte(self) -> None:
+        store = self.open(max_uploads=1)
+        store.open(upload_of(self.data))
+        store.count()
+        with self.assertRaises(flowserver.TooLarge):
+            store.open(upload_of(self.data, "b.bin"))
+        store.forget(upload_of(self.data).key)
+        store.count()
+        self.assertEqual((store.open_uploads, self.state()), (0, []))
+
+    def test_opened_upload_of_no_bytes_leaves_a_receipt(self) -> None:
+        self.store.open(upload_of(b""))
+        status = self.store.status(upload_of(b"").key)
+        self.assertTrue(status and status.is_finished)
+
     def test_opened_upload_of_no_bytes_is_finished(self) -> None:
         progress = self.store.open(upload_of(b"", identifier="flowserver-x"))
         self.assertEqual(progress.done.size, 0)
