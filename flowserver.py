@@ -3643,7 +3643,7 @@ class Request(NamedTuple):
     fill: Callable[[bool], tuple[bytes | bytearray, int]] | None = None
     user: str = ""  # who is logged in
     mount: str = ""  # where a WSGI application is mounted
-    base: str = ""  # the last word of the address, for what is below it
+    base: str | None = None  # the last word of the address, encoded; else that of path
 
     @property
     def is_navigation(self) -> bool:
@@ -3811,8 +3811,9 @@ def wsgi_request(environ: Mapping[str, Any]) -> Request:
     is_chunked = "transfer-encoding" in headers  # of which some hand on the framing
     said = environ.get("CONTENT_LENGTH") or ("-1" if is_chunked else "0")
     length = parse_length(said) if is_decoded or not is_chunked else -1
-    path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
-    mount = environ.get("SCRIPT_NAME", "")
+    path, mount = environ.get("PATH_INFO", ""), environ.get("SCRIPT_NAME", "")
+    address = mount + path
+    path = path.encode("latin-1").decode("utf-8", "replace")
     # Flask's own server would wait for ever for what Flask has read already.
     is_read = "stream" in getattr(environ.get("werkzeug.request"), "__dict__", ())
     return Request(
@@ -3830,7 +3831,7 @@ def wsgi_request(environ: Mapping[str, Any]) -> Request:
         client=environ.get("REMOTE_ADDR", ""),
         scheme=environ.get("wsgi.url_scheme", "http"),
         mount=mount,
-        base=(mount + path).rpartition("/")[2],
+        base=urllib.parse.quote(address.rpartition("/")[2], encoding="latin-1"),
     )
 
 
@@ -4427,7 +4428,15 @@ class Access:
             headers.append(("Access-Control-Allow-Credentials", "true"))
         elif origin and "*" in self.settings.allow_origins:
             headers.append(("Access-Control-Allow-Origin", "*"))
+        if len(headers) > 1:
+            headers.append(("Access-Control-Expose-Headers", _EXPOSED_HEADERS))
         return response.with_headers(*headers)
+
+
+_EXPOSED_HEADERS = (  # what tus and FilePond must read
+    "Location, Upload-Offset, Upload-Length, Upload-Metadata, Upload-Expires,"
+    " Tus-Resumable, Tus-Version, Tus-Extension, Tus-Max-Size, Tus-Checksum-Algorithm"
+)
 
 
 def _unknown_host(host: str) -> Foreign:
@@ -4883,18 +4892,26 @@ class Tus:
         upload = self._upload(request, identifier, name)._replace(size=size)
         upload = self._intake.placed(upload, fields)._replace(fields=fields)
         self._intake.concluded(request, self._store.open(upload), 0.0)
-        place = f"{request.base}/{identifier}" if request.base else identifier
+        base = request.base
+        if base is None:
+            base = urllib.parse.quote(request.path.rpartition("/")[2])
+        place = f"{base}/{identifier}" if base else identifier
         answer = (("Location", place), *self._expires())
         if headers.get("content-type") == _TUS_BODY and request.length > 0:
-            offset = self._receive(request, upload, 0, content)
+            try:
+                offset = self._receive(request, upload, 0, content)
+            except FlowError:  # nobody will be told where it lives
+                self._store.forget(upload.key)
+                raise
             answer += (("Upload-Offset", str(offset)),)
-        return Response(201, answer, b"")
+        return text_response(201, "").with_headers(*answer)
 
     def _head(self, status: Status) -> Response:
-        offset, size = _offset_of(status), status.upload.size
-        headers = (("Upload-Offset", str(offset)), ("Upload-Length", str(size)))
-        no_store = ("Cache-Control", "no-store")
-        return Response(200, (*headers, no_store, *self._expires()), b"")
+        offset, upload = _offset_of(status), status.upload
+        numbers = (("Upload-Offset", str(offset)), ("Upload-Length", str(upload.size)))
+        metadata = (("Upload-Metadata", format_metadata(upload.fields)),)
+        headers = (*numbers, *(metadata if upload.fields else ()), *self._expires())
+        return text_response(200, "").with_headers(*headers)
 
     def _patch(self, request: Request, status: Status, content: Content) -> Response:
         if request.headers.get("content-type") != _TUS_BODY:
@@ -4985,12 +5002,20 @@ def parse_metadata(text: str) -> dict[str, str]:
     for pair in filter(None, map(str.strip, text.split(","))):
         name, _, value = pair.partition(" ")
         try:
-            fields[name] = base64.b64decode(value, validate=True).decode("utf-8")
+            name.encode("ascii")
+            value = base64.b64decode(value, validate=True).decode("utf-8")
         except ValueError as error:
             raise Malformed(
                 f"The metadata {quoted(name[:80])} can't be read."
             ) from error
+        add_parameter(fields, name, value)
     return fields
+
+
+def format_metadata(fields: Mapping[str, str]) -> str:
+    """Return what parse_metadata() reads."""
+    pairs = ((name, base64.b64encode(fields[name].encode())) for name in fields)
+    return ",".join(f"{name} {text.decode()}" for name, text in pairs)
 
 
 # ---- FilePond ------------------------------------------------------------------------

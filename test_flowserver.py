@@ -4120,6 +4120,588 @@ class SequentialTest(unittest.TestCase):
             self.assertEqual(finished_files(app), files)
 
 
+# ---- tus -----------------------------------------------------------------------------
+
+PATCH_TYPE = "application/offset+octet-stream"
+
+
+def base64_of(data: Union[str, bytes]) -> str:
+    """Return it as tus writes metadata and checksums."""
+    data = data.encode() if isinstance(data, str) else data
+    return base64.b64encode(data).decode()
+
+
+class TusClient:
+    """One upload of a client that speaks tus 1.0; words of headers are joined by _."""
+
+    def __init__(self, where: Any, data: bytes = noise(250), **headers: str) -> None:
+        self.where = where
+        self.data = data
+        self.headers = headers
+        self.place = ""  # where the upload lives
+
+    def message(
+        self, method: str, path: str, body: bytes = b"", **headers: Any
+    ) -> Message:
+        said = {"Tus_Resumable": "1.0.0", **self.headers, **headers}
+        names = {name.replace("_", "-"): text for name, text in said.items()}
+        given = {name: str(text) for name, text in names.items() if text is not None}
+        return Message(method, path, body, given)
+
+    def ask(self, method: str, body: bytes = b"", **headers: Any) -> Answer:
+        """Send a request to the upload."""
+        return send(self.where, *self.message(method, self.place, body, **headers))
+
+    def create(self, body: bytes = b"", **headers: Any) -> Answer:
+        said = {"Upload_Length": len(self.data), "Upload_Metadata": "filename YQ=="}
+        message = self.message("POST", "/upload", body, **{**said, **headers})
+        answer = send(self.where, *message)
+        place = answer.headers.get("location", "")
+        self.place = urllib.parse.urljoin("/upload", place)
+        return answer
+
+    def piece(self, start: int, end: int, **headers: Any) -> Message:
+        said = {"Upload_Offset": start, "Content_Type": PATCH_TYPE, **headers}
+        return self.message("PATCH", self.place, self.data[start:end], **said)
+
+    def patch(self, start: int, end: int, **headers: Any) -> Answer:
+        return send(self.where, *self.piece(start, end, **headers))
+
+    def offset(self) -> int:
+        return int(self.ask("HEAD").headers["upload-offset"])
+
+
+class Stalled:
+    """A request in a thread of its own whose body comes up to `size` and then hangs."""
+
+    def __init__(self, app: UploadApp, message: Message, size: int) -> None:
+        self.app = app
+        self.message = message
+        self.size = size
+        self.given = 0
+        self.status = 0
+        self._is_here, self._may_go_on = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        self.status = self.app.handle(prepared(self.message, self._read)).status
+
+    def _read(self, most: int) -> bytes:
+        if self.given == self.size:
+            self._is_here.set()
+            self._may_go_on.wait(PATIENCE)
+        end = min(self.given + most, self.size)
+        block, self.given = self.message.body[self.given : end], end
+        return block
+
+    def __enter__(self) -> Stalled:
+        self._thread.start()
+        assert self._is_here.wait(PATIENCE)
+        return self
+
+    def end(self, is_cut: bool = False) -> int:
+        """Let the rest come, or none of it; return the status of the answer."""
+        self.size = self.size if is_cut else len(self.message.body)
+        self._may_go_on.set()
+        self._thread.join(PATIENCE)
+        return self.status
+
+    def __exit__(self, *exception: object) -> None:
+        self.end(is_cut=True)
+
+
+class TusTest(unittest.TestCase):
+    """The tus protocol, as its specification has it."""
+
+    def setUp(self) -> None:
+        self.app = self.enter(application())
+        self.client = TusClient(self.app)
+
+    def enter(self, context: Any) -> Any:
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def test_what_is_spoken_is_told(self) -> None:
+        answer = send(self.app, "OPTIONS", "/upload")
+        self.assertEqual((answer.status, answer.body), (204, b""))
+        self.assertEqual(answer.headers["tus-version"], "1.0.0")
+        self.assertEqual(answer.headers["tus-checksum-algorithm"], "sha1,sha256")
+        self.assertNotIn("tus-max-size", answer.headers)
+        extensions = answer.headers["tus-extension"].split(",")
+        self.assertIn("creation-with-upload", extensions)
+        with application(max_file_size=9) as app:
+            answer = send(app, "OPTIONS", "/upload/x")
+            self.assertEqual(answer.headers["tus-max-size"], "9")
+
+    def test_file_arrives_in_one_piece_or_many(self) -> None:
+        for size in (250, 100, 125, 1):
+            created = self.client.create(
+                Upload_Metadata="filename " + base64_of(f"{size}")
+            )
+            self.assertEqual((created.status, created.body), (201, b""))
+            for start in range(0, 250, size):
+                self.assertEqual(self.client.offset(), start)
+                answer = self.client.patch(start, start + size)
+                self.assertEqual((answer.status, answer.body), (204, b""))
+                end = min(start + size, 250)
+                self.assertEqual(answer.headers["upload-offset"], str(end))
+            self.assertEqual(finished_files(self.app)[f"{size}"], self.client.data)
+            self.assertEqual(leftovers(self.app), {})
+
+    def test_file_may_come_with_its_creation(self) -> None:
+        for size in (1, 100, 250):
+            answer = self.client.create(
+                self.client.data[:size],
+                Content_Type=PATCH_TYPE,
+                Upload_Metadata="filename " + base64_of(f"{size}"),
+            )
+            self.assertEqual(answer.status, 201)
+            self.assertEqual(answer.headers["upload-offset"], str(size))
+            self.assertEqual(self.client.patch(size, 250).status, 204)
+            self.assertEqual(finished_files(self.app)[f"{size}"], self.client.data)
+
+    def test_creation_with_bytes_that_are_refused_leaves_nothing(self) -> None:
+        """Nobody was told where it lives."""
+        wrong = "sha1 " + base64_of(hashlib.sha1(b"x").digest())
+        for headers, status in (
+            ({"Upload_Length": 99}, 413),
+            ({"Upload_Checksum": wrong}, 460),
+            ({"Upload_Checksum": "md5 x"}, 400),
+        ):
+            body, kind = self.client.data, {"Content_Type": PATCH_TYPE}
+            self.assertEqual(self.client.create(body, **kind, **headers).status, status)
+        message = self.client.message(
+            "POST", "/upload", body, Upload_Length=250, **kind
+        )
+        self.assertEqual(self.app.handle(cut(message, 100)).status, 408)
+        self.assertEqual((leftovers(self.app), self.app.store.open_uploads), ({}, 0))
+
+    def test_empty_file_is_finished_when_it_is_created(self) -> None:
+        for kind in (None, PATCH_TYPE):
+            client = TusClient(self.app, b"")
+            self.assertEqual(client.create(Content_Type=kind).status, 201)
+            self.assertEqual(client.offset(), 0)
+            self.assertEqual(client.patch(0, 0).status, 204)
+        self.assertEqual(finished_files(self.app), {"a": b""})
+
+    def test_name_is_found_in_the_metadata(self) -> None:
+        names = {
+            "filename": "\u65e5 a,b.bin",
+            "name": "n",
+            "relativePath": "d/e/p",
+            "filetype": "text/plain",
+        }
+        pairs = {name: f"{name} {base64_of(text)}" for name, text in names.items()}
+        cases = {
+            ",".join(pairs.values()): "d/e/p",
+            f"{pairs['filename']} , {pairs['name']}": "\u65e5 a,b.bin",
+            f"is_secret,{pairs['name']}": "n",
+            f"relativePath {base64_of('null')},{pairs['name']}": "n",
+            f"filename ,{pairs['name']}": "n",
+        }
+        for text, path in cases.items():
+            with self.subTest(text):
+                self.client.create(
+                    self.client.data, Content_Type=PATCH_TYPE, Upload_Metadata=text
+                )
+                self.assertIn(path, finished_files(self.app))
+        before = set(finished_files(self.app))
+        for text in (None, "", pairs["filetype"], "filename"):
+            self.client.create(
+                self.client.data, Content_Type=PATCH_TYPE, Upload_Metadata=text
+            )
+        for name in set(finished_files(self.app)) - before:
+            self.assertRegex(name, r"\A[0-9a-f]{32}\Z")
+
+    def test_creation_that_can_not_be_read_is_refused(self) -> None:
+        leads_outside = "filename " + base64_of("../x")
+        for headers in (
+            *({"Upload_Length": text} for text in (None, "", *NO_NUMBERS)),
+            *(
+                {"Upload_Metadata": f"filename {text}"}
+                for text in ("YQ", "\u00fc", "/w==")
+            ),
+            {"Upload_Metadata": "filename YQ==,filename Yg=="},
+            {"Upload_Metadata": "f\u00fc YQ=="},
+            {"Upload_Metadata": leads_outside},
+            {"Upload_Concat": "partial"},
+            {"Upload_Defer_Length": "1", "Upload_Length": None},
+        ):
+            with self.subTest(headers):
+                answer = self.client.create(**headers)
+                self.assertEqual(answer.status, 400)
+                self.assertNotIn("location", answer.headers)
+        self.assertEqual((os.listdir(self.app.store.state_dir)), [])
+
+    def test_metadata_comes_back(self) -> None:
+        text = "filename YQ==,x ,y " + base64_of("\u00fc")
+        self.client.create(Upload_Metadata=text)
+        self.assertEqual(self.client.ask("HEAD").headers["upload-metadata"], text)
+        self.client.create(Upload_Metadata=None)
+        self.assertNotIn("upload-metadata", self.client.ask("HEAD").headers)
+
+    def test_patch_that_does_not_go_on_where_it_should_is_refused(self) -> None:
+        self.client.create()
+        self.client.patch(0, 100)
+        for offset, status in (
+            (0, 409), (99, 409), (101, 409), (250, 409), (10**14, 409),
+            *((text, 400) for text in (None, "", *NO_NUMBERS)),
+        ):  # fmt: skip
+            answer = self.client.patch(100, 150, Upload_Offset=offset)
+            self.assertEqual(answer.status, status, offset)
+        self.client.data += b"more"
+        self.assertEqual(self.client.patch(100, 254).status, 413)
+        self.assertEqual(self.client.offset(), 100)
+        self.assertEqual(self.client.patch(100, 250).status, 204)
+        self.assertEqual(self.client.patch(250, 254).status, 413)
+        self.assertEqual(finished_files(self.app), {"a": noise(250)})
+
+    def test_patch_of_another_kind_is_refused(self) -> None:
+        self.client.create()
+        for kind in (
+            None,
+            "application/octet-stream",
+            "multipart/form-data; boundary=x",
+        ):
+            self.assertEqual(self.client.patch(0, 9, Content_Type=kind).status, 415)
+        for version in ("0.2.2", "1.0", "", "1.0.0, 1.0.0"):
+            answer = self.client.patch(0, 9, Tus_Resumable=version)
+            self.assertEqual(answer.status, 412)
+            self.assertEqual(answer.headers["tus-version"], "1.0.0")
+        self.assertEqual(self.client.offset(), 0)
+
+    def test_bytes_are_held_against_their_checksum(self) -> None:
+        self.client.create()
+        one, two = self.client.data[:100], self.client.data[100:200]
+        sums = (
+            "sha1 " + base64_of(hashlib.sha1(one).digest()),
+            "sha256 " + base64_of(hashlib.sha256(two).digest()),
+        )
+        for start, text, status in (
+            (0, sums[1], 460),
+            (0, "sha1 nonsense", 460),
+            (0, "sha1", 460),
+            (0, "md5 " + sums[0][5:], 400),
+            (0, "sha512 x", 400),
+            (0, sums[0], 204),
+            (100, sums[0], 460),
+            (100, sums[1], 204),
+        ):
+            answer = self.client.patch(start, start + 100, Upload_Checksum=text)
+            self.assertEqual(answer.status, status, text)
+            is_new = status == 204
+            self.assertEqual(self.client.offset(), start + 100 * is_new)
+        self.client.patch(200, 250)
+        self.assertEqual(finished_files(self.app), {"a": self.client.data})
+
+    def test_broken_patch_with_a_checksum_leaves_nothing(self) -> None:
+        self.client.create()
+        text = "sha1 " + base64_of(hashlib.sha1(self.client.data).digest())
+        message = self.client.piece(0, 250, Upload_Checksum=text)
+        self.assertEqual(self.app.handle(cut(message, 100)).status, 408)
+        self.assertEqual(self.client.offset(), 0)
+
+    def test_what_came_before_a_patch_broke_off_is_kept(self) -> None:
+        self.client.create()
+        offset = 0
+        for size in (0, 1, 99, 50):
+            message = self.client.piece(offset, 250)
+            self.assertIn(self.app.handle(cut(message, size)).status, (400, 408))
+            offset += size
+            self.assertEqual(self.client.offset(), offset)
+        self.assertEqual(self.client.patch(offset, 250).status, 204)
+        self.assertEqual(finished_files(self.app), {"a": self.client.data})
+
+    def test_patch_that_hangs_is_told_of_and_gives_way(self) -> None:
+        self.client.create()
+        for start, hanging_at in ((0, 100), (100, 50)):
+            with Stalled(
+                self.app, self.client.piece(start, 250), hanging_at
+            ) as stalled:
+                self.assertEqual(self.client.offset(), start + hanging_at)
+                if start:
+                    self.client.data = self.client.data[:150] + noise(100, 9)
+                    self.assertEqual(self.client.patch(150, 250).status, 204)
+                    self.assertGreaterEqual(stalled.end(), 400)
+                else:
+                    self.assertEqual(stalled.end(is_cut=True), 408)
+        self.assertEqual(finished_files(self.app), {"a": self.client.data})
+
+    def test_next_patch_ends_the_one_that_hangs(self) -> None:
+        """Whichever process it comes to; nobody has asked for the offset."""
+        other = UploadApp(self.app.settings)
+        for where in (self.app, other):
+            self.client.create(
+                Upload_Metadata=f"filename {base64_of('b' * (where is other))}"
+            )
+            with Stalled(self.app, self.client.piece(0, 250), 100) as stalled:
+                there = TusClient(where)
+                there.place = self.client.place
+                self.assertEqual(there.patch(there.offset(), 200).status, 204)
+                self.assertEqual(stalled.end(), 503)
+            self.assertEqual(self.client.patch(200, 250).status, 204)
+        self.assertEqual(set(finished_files(self.app).values()), {self.client.data})
+
+    def test_two_patches_at_once_do_not_spoil_each_other(self) -> None:
+        for turn in range(20):
+            client = TusClient(self.app, noise(40 * KIB, turn))
+            client.create(Upload_Metadata=f"filename {base64_of(f'{turn}')}")
+
+            def work(client: TusClient = client) -> None:
+                for _ in range(20):
+                    start = client.offset()
+                    if start == len(client.data):
+                        return
+                    message = client.piece(start, start + 9000)
+                    self.app.handle(cut(message, 7000 if start % 2 else 9000))
+
+            threads = [threading.Thread(target=work) for _ in "123"]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE)
+            self.assertEqual(finished_files(self.app)[f"{turn}"], client.data)
+        self.assertEqual(leftovers(self.app), {})
+
+    def test_offset_never_falls_while_bytes_come(self) -> None:
+        client = TusClient(self.app, noise(3 * MIB))
+        client.create()
+        offsets, message = [], client.piece(0, 3 * MIB)
+        body = io.BytesIO(message.body)
+        request = prepared(message, lambda most: body.read(min(most, 4096)))
+        answers: List[Any] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(self.app.handle(request))
+        )
+        thread.start()
+        while thread.is_alive():
+            offsets.append((client.offset(), body.tell()))
+        thread.join()
+        self.assertEqual(answers[0].status, 204)
+        self.assertEqual(offsets, sorted(offsets))
+        self.assertTrue(all(told <= sent for told, sent in offsets))
+        self.assertTrue(finished_files(self.app) == {"a": client.data})
+
+    def test_upload_is_cancelled_until_it_is_finished(self) -> None:
+        self.client.create()
+        with Stalled(self.app, self.client.piece(0, 250), 100) as stalled:
+            self.assertEqual(self.client.ask("DELETE").status, 204)
+            self.assertGreaterEqual(stalled.end(), 400)
+        self.assertEqual((leftovers(self.app), self.app.store.open_uploads), ({}, 0))
+        for method in ("HEAD", "DELETE"):
+            self.assertEqual(self.client.ask(method).status, 404)
+        self.assertEqual(self.client.patch(0, 250).status, 404)
+        self.client.create(self.client.data, Content_Type=PATCH_TYPE)
+        self.assertEqual(self.client.ask("DELETE").status, 403)
+        self.assertEqual(self.client.offset(), 250)
+        self.assertEqual(finished_files(self.app), {"a": self.client.data})
+
+    def test_upload_that_nobody_knows_is_missing(self) -> None:
+        self.client.create()
+        known = self.client.place
+        for name in (
+            "0" * 32,
+            "",
+            "../x",
+            known[8:] + "0",
+            known[8:].upper(),
+            "x" * 999,
+        ):
+            self.client.place = "/upload/" + name
+            for method in ("HEAD", "DELETE", "GET"):
+                self.assertEqual(self.client.ask(method).status, 404, name)
+            self.assertEqual(self.client.patch(0, 9).status, 404)
+        self.client.place = known
+        self.assertEqual(self.client.ask("PUT").status, 405)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_method_may_stand_in_a_header(self) -> None:
+        self.client.create()
+        for method, status in (
+            ("HEAD", 200),
+            ("PATCH", 204),
+            ("DELETE", 204),
+            ("x", 404),
+        ):
+            kind = {"Content_Type": PATCH_TYPE, "Upload_Offset": "0"}
+            how = {"X_HTTP_Method_Override": method, **kind}
+            answer = self.client.ask("POST", self.client.data[:9], **how)
+            self.assertEqual(answer.status, status)
+
+    def test_end_of_an_unfinished_upload_is_told(self) -> None:
+        answers = [
+            self.client.create(),
+            self.client.ask("HEAD"),
+            self.client.patch(0, 9),
+        ]
+        for answer in answers:
+            ends = answer.headers["upload-expires"]
+            self.assertRegex(ends, r"\A\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\Z")
+        with application(stale_after=0) as app:
+            self.assertNotIn("upload-expires", TusClient(app).create().headers)
+
+    def test_every_answer_names_the_protocol(self) -> None:
+        answers = [
+            self.client.create(),
+            self.client.ask("HEAD"),
+            self.client.create(Upload_Length="x"),
+        ]
+        answers += [
+            self.client.patch(5, 9),
+            self.client.patch(0, 9),
+            self.client.ask("PUT"),
+        ]
+        answers += [self.client.ask("DELETE"), self.client.ask("HEAD")]
+        answers += [
+            self.client.ask("HEAD", Origin="http://evil.example", Tus_Resumable="2")
+        ]
+        with application(authorize=lambda request: "No.") as app:
+            answers.append(TusClient(app).create())
+        foreign = TusClient(self.app, Origin="http://evil.example")
+        answers.append(foreign.create())
+        for answer in answers:
+            self.assertEqual(answer.headers["tus-resumable"], "1.0.0")
+        self.assertEqual([a.status for a in answers[-3:]], [412, 403, 403])
+
+    def test_other_origins_may_read_what_they_must(self) -> None:
+        page = {"Origin": "https://page.example"}
+        for allowed in (page["Origin"], "*"):
+            with application(allow_origins=allowed) as app:
+                client = TusClient(app, **page)
+                for answer in (client.create(), client.ask("HEAD"), client.patch(9, 9)):
+                    text = answer.headers["access-control-expose-headers"].lower()
+                    exposed = set(text.split(", "))
+                    said = {
+                        name for name in answer.headers if name[:3] in ("upl", "tus")
+                    }
+                    self.assertLessEqual(said | {"location"}, exposed)
+        self.assertNotIn(
+            "access-control-expose-headers",
+            TusClient(self.app, **page).create().headers,
+        )
+
+    def test_every_process_goes_on_with_an_upload(self) -> None:
+        apps = [self.app, UploadApp(self.app.settings)]
+        self.client.create()
+        for number in range(10):
+            self.client.where = apps[number % 2]
+            self.assertEqual(self.client.offset(), number * 25)
+            self.client.where = apps[number // 2 % 2]
+            self.client.patch(number * 25, number * 25 + 25)
+        self.assertEqual(finished_files(self.app), {"a": self.client.data})
+
+    def test_killed_server_loses_no_more_than_since_a_checkpoint(self) -> None:
+        for constant, value, offset in (("SIZE", 50, 120), ("SECONDS", 0.0, 160)):
+            disk = TestDisk()
+            store = Store(self.app.store.upload_dir, disk=disk)
+            self.client.where = UploadApp(self.app.settings, store=store)
+            self.client.create()
+            message = self.client.piece(0, 250)
+            blocks = iter(message.body[n : n + 20] for n in range(0, 160, 20))
+
+            def read(most: int, blocks: Any = blocks, disk: Any = disk) -> bytes:
+                for block in blocks:
+                    return bytes(block)
+                disk.is_dead = True
+                raise Killed
+
+            with mock.patch.object(flowserver, "_CHECKPOINT_" + constant, value):
+                with self.assertRaises(Killed):
+                    self.client.where.handle(prepared(message, read))
+            self.client.where = self.app
+            self.assertEqual(self.client.offset(), offset)
+            self.assertEqual(self.client.patch(offset, 250).status, 204)
+            self.assertEqual(finished_files(self.app)["a"], self.client.data)
+
+    def test_metadata_reaches_the_functions_of_the_program(self) -> None:
+        fields = {"filename": "a", "draft": "", "x": "\u00fc"}
+        text = ",".join(f"{name} {base64_of(value)}" for name, value in fields.items())
+        for size in (0, 250):
+            done: List[Any] = []
+            place = mock.Mock(side_effect=lambda one: "p/" + one.filename)
+            with application(on_complete=done.append, place=place) as app:
+                client = TusClient(app, noise(size))
+                client.create(Upload_Metadata=text)
+                client.patch(0, 100)
+                client.patch(100, 250)
+            ((asked,), _) = place.call_args
+            self.assertEqual((asked.fields, asked.size), (fields, size))
+            self.assertEqual(
+                [(d.fields, d.relative_path) for d in done], [(fields, "p/a")]
+            )
+            place.assert_called_once()
+
+    def test_metadata_outlives_a_crash(self) -> None:
+        for word in ("publish", "finished", "announced"):
+            done: List[Any] = []
+            with application(on_complete=done.append) as app:
+                client = TusClient(app)
+                client.create()
+                with killed_before(word), self.assertRaises(Killed):
+                    client.patch(0, 250)
+                done.clear()
+                again = UploadApp(app.settings, on_complete=done.append)
+                self.assertEqual(done, [])
+                again.tidy()
+                self.assertEqual([d.fields for d in done], [{"filename": "a"}])
+                client.where = again
+                self.assertEqual(client.offset(), 250)
+                self.assertEqual(finished_files(app), {"a": client.data})
+
+    def test_limits_hold_at_the_creation(self) -> None:
+        with application(max_file_size=249) as app:
+            self.assertEqual(TusClient(app).create().status, 413)
+        with application(max_uploads=2) as app:
+            statuses = []
+            for _ in range(4):
+                statuses.append(TusClient(app).create().status)
+                app.store.count()
+            self.assertEqual(statuses, [201, 201, 413, 413])
+        with application(min_free_space="1K") as app:
+            for free, status in ((1024 + 249, 413), (1024 + 250, 201)):
+                with mock.patch.object(app.store.disk, "free_space", return_value=free):
+                    self.assertEqual(TusClient(app).create().status, status)
+
+    def test_taken_name_is_what_the_policy_says(self) -> None:
+        for policy, status, paths in (
+            ("rename", 201, {"a", "a (1)"}),
+            ("replace", 201, {"a"}),
+            ("refuse", 409, {"a"}),
+        ):
+            with self.subTest(policy), application(on_conflict=policy) as app:
+                send(app, "PUT", "/upload/a", b"x")
+                client = TusClient(app)
+                self.assertEqual(client.create().status, status)
+                if status == 201:
+                    client.patch(0, 250)
+                self.assertEqual(set(finished_files(app)), paths)
+
+    def test_upload_of_another_owner_is_missing(self) -> None:
+        def owner(request: Request) -> str:
+            return request.headers["x-user"]
+
+        with application(owner=owner) as app:
+            anna = TusClient(app, X_User="anna")
+            anna.create()
+            bert = TusClient(app, X_User="bert")
+            bert.place = anna.place
+            answers = [bert.ask("HEAD"), bert.patch(0, 9), bert.ask("DELETE")]
+            self.assertEqual([answer.status for answer in answers], [404] * 3)
+            self.assertEqual(anna.patch(0, 250).status, 204)
+
+    def test_upload_lives_where_it_is_told_to(self) -> None:
+        for path in ("/upload", "/upload/", "/a/%62"):
+            where = urllib.parse.unquote(path.rstrip("/"))
+            with self.subTest(path), serving(upload_path=where) as server:
+                size = {"Tus-Resumable": "1.0.0", "Upload-Length": "9"}
+                answer = send(server, "POST", path, b"", size)
+                place = answer.headers["location"]
+                self.assertNotRegex(place, r"\A/|:")
+                there = urllib.parse.urljoin(path, place)
+                self.assertEqual(send(server, "HEAD", there, b"", size).status, 200)
+
+
 # ---- application ---------------------------------------------------------------------
 
 
@@ -5907,6 +6489,34 @@ class WsgiTest(unittest.TestCase):
                 answer = self.call(app, message, SCRIPT_NAME="/m")
                 self.assertEqual(answer.status, 200)
             self.assertEqual(set(finished_files(app)), {"d/a", "d/b"})
+
+    def test_upload_of_tus_lives_where_it_is_told_to(self) -> None:
+        head = {"Tus-Resumable": "1.0.0", "Upload-Length": "9"}
+        paths = (
+            "/upload",
+            "/upload/",
+            "/x",
+            "/x/y/",
+            "",
+            "/",
+            "/\u65e5",
+            "/a:b",
+            "/a\r\nb",
+        )
+        with application() as app:
+            for mount, path in itertools.product(("", "/m", "/fil\xc3\xa4es"), paths):
+                with self.subTest(mount, path=path):
+                    where = {"SCRIPT_NAME": mount}
+                    made = self.call(app, Message("POST", path, b"", head), **where)
+                    self.assertEqual(made.status, 201)
+                    seen = urllib.parse.quote(mount, encoding="latin-1")
+                    place = urllib.parse.urljoin(
+                        f"http://h{seen}{urllib.parse.quote(path) or ''}",
+                        made.headers["location"],
+                    )
+                    there = urllib.parse.unquote(place[8 + len(seen) :])
+                    asked = self.call(app, Message("HEAD", there, b"", head), **where)
+                    self.assertEqual(asked.headers["upload-offset"], "0")
 
     def test_paths_count_when_the_mount_is_all_there_is(self) -> None:
         with application(any_path=False) as app:
