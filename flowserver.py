@@ -4452,6 +4452,7 @@ def _unknown_host(host: str) -> Foreign:
 
 _FORM_ALLOWANCE = 256 * 1024  # bytes that a form may have beside the chunk
 _DRAIN_SIZE = 64 * 1024 * 1024  # bytes, where max_chunk_size sets no other limit
+_STAYS = "A finished file can't be removed here."
 
 
 class Incoming(NamedTuple):
@@ -4644,7 +4645,7 @@ class Chunks:
         key = self._intake.upload(request, chunk).key
         if not self._intake.cancelled(request, key) and chunk.is_random:
             if self._store.status(key):
-                raise Forbidden("A finished file can't be removed here.")
+                raise Forbidden(_STAYS)
             raise Missing("There is no such upload (any more).")  # a file may be
         return _NO_CONTENT
 
@@ -4779,7 +4780,7 @@ class Chunks:
     ) -> Response:
         """Say what became of each file; the status is that of the first refusal."""
         if "filepond" in content.given and not refusal:  # wants an id, and no JSON
-            return text_response(200, f"finished-{secrets.token_hex(16)}")
+            return text_response(200, _FINISHED + secrets.token_hex(16))
         status = refusal.status if refusal else 200
         if request.is_navigation:
             return files_page(status, files)
@@ -4792,6 +4793,7 @@ class Chunks:
 
 
 _NO_PART = Part("", "", "")
+_FINISHED = "finished-"  # begins the identifiers that FilePond gets for whole files
 
 
 # ---- tus -----------------------------------------------------------------------------
@@ -4870,7 +4872,7 @@ class Tus:
             self._intake.cancelled(request, upload.key)
             return Response(204, (), b"")
         if method == "DELETE":
-            raise Forbidden("A finished file can't be removed here.")
+            raise Forbidden(_STAYS)
         raise BadMethod("An upload is sent with PATCH.")
 
     def _upload(self, request: Request, identifier: str, name: str = "") -> Upload:
@@ -5044,7 +5046,7 @@ class FilePond:
 
     def respond(self, request: Request, below: str, content: Content) -> Response:
         """Answer a request at the upload address."""
-        if request.method == "POST":
+        if request.method == "POST" and "upload-length" in request.headers:
             return self._begin(request, content)
         if request.method == "DELETE":
             return self._delete(request, content)
@@ -5078,18 +5080,22 @@ class FilePond:
             name = name.encode("latin-1").decode("utf-8")
         except ValueError as error:
             raise Malformed("Upload-Name is not UTF-8.") from error
+        _require_name(name)
         began, headers = time.monotonic(), request.headers
         upload = self._upload(request, content.given["patch"], name)
         start = parse_integer(headers.get("upload-offset", ""), "Upload-Offset")
-        end = start + max(request.length, 0)
+        end = start + request.length
+        self._check(request, upload)
         if start == end == upload.size > 0:  # after the last chunk comes an empty one
             status = self._store.status(upload.key)
-            if status and not status.is_finished:
+            if status is None or not status.is_finished:
                 raise Conflict("This file is not complete; please send it again.")
             return text_response(200, str(end))
-        self._intake.check_size("chunk", end - start)
         fields = content.other_fields()
-        upload = self._intake.placed(upload, fields)
+        upload = self._intake.placed(upload, fields)._replace(fields=fields)
+        if start == 0 and min(1, upload.size) <= end <= upload.size:
+            # So that a file in one piece leaves a receipt, too: DELETE asks for it.
+            self._intake.concluded(request, self._store.open(upload), 0.0)
         content.next_file()
         with self._store.receive(upload, start, end, is_in_order=True) as body:
             for block in content.blocks():
@@ -5098,14 +5104,27 @@ class FilePond:
         self._intake.concluded(request, progress, time.monotonic() - began)
         return text_response(200, str(end))
 
+    def _check(self, request: Request, upload: Upload) -> None:
+        if request.length < 0:
+            raise LengthRequired("The request must say how long its body is.")
+        said = request.headers.get("upload-length", str(upload.size))
+        if said != str(upload.size):
+            raise Malformed(f"The file has {upload.size} bytes, not {said[:40]}.")
+        self._intake.check_size("chunk", request.length)
+        self._intake.check_size("file", upload.size)
+
     def _delete(self, request: Request, content: Content) -> Response:
+        if request.length > 200:
+            raise Missing("There is no such upload.")
         content.next_file()
         text = b"".join(bytes(block) for block in content.blocks())
-        identifier = text[:200].decode("ascii", "replace")
+        identifier = text.decode("ascii", "replace")
+        if identifier.startswith(_FINISHED):
+            raise Forbidden(_STAYS)
         key = self._upload(request, identifier).key
         status = self._store.status(key)
         if status and status.is_finished:
-            raise Forbidden("A finished file can't be removed here.")
+            raise Forbidden(_STAYS)
         self._intake.cancelled(request, key)
         return _NO_CONTENT
 

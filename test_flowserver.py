@@ -4702,6 +4702,262 @@ class TusTest(unittest.TestCase):
                 self.assertEqual(send(server, "HEAD", there, b"", size).status, 200)
 
 
+# ---- FilePond ------------------------------------------------------------------------
+
+
+class FilePondClient:
+    """One upload of FilePond in chunks; words of headers are joined by _."""
+
+    def __init__(self, where: Any, data: bytes = noise(25), name: str = "a") -> None:
+        self.where = where
+        self.data = data
+        self.name = name
+        self.id = ""
+
+    def begin(self, path: str = "/upload", **headers: Any) -> Answer:
+        said = {"Upload-Length": str(len(self.data)), **headers}
+        given = {name.replace("_", "-"): str(text) for name, text in said.items()}
+        message = form({"filepond": "{}"}, path=path, headers=given)
+        answer = send(self.where, *message)
+        self.id = answer.body.decode()
+        return answer
+
+    def piece(self, start: int, end: int, **headers: Any) -> Message:
+        said = {
+            "Content_Type": PATCH_TYPE,
+            "Upload_Offset": start,
+            "Upload_Length": len(self.data),
+            "Upload_Name": self.name.encode().decode("latin-1"),
+            **headers,
+        }
+        names = {name.replace("_", "-"): text for name, text in said.items()}
+        given = {name: str(text) for name, text in names.items() if text is not None}
+        path = f"/upload?patch={self.id}"
+        return Message("PATCH", path, self.data[start:end], given)
+
+    def patch(self, start: int, end: int, **headers: Any) -> Answer:
+        return send(self.where, *self.piece(start, end, **headers))
+
+    def offset(self) -> int:
+        answer = send(self.where, "HEAD", f"/upload?patch={self.id}")
+        return int(answer.headers["upload-offset"])
+
+    def delete(self, identifier: Optional[str] = None) -> Answer:
+        text = (self.id if identifier is None else identifier).encode()
+        kind = {"Content-Type": "text/plain;charset=UTF-8"}
+        return send(self.where, "DELETE", "/upload", text, kind)
+
+
+class FilePondTest(unittest.TestCase):
+    """FilePond's own protocol."""
+
+    def setUp(self) -> None:
+        context = application()
+        self.app = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        self.pond = FilePondClient(self.app)
+
+    def test_file_arrives_in_chunks(self) -> None:
+        answer = self.pond.begin()
+        self.assertEqual(answer.status, 201)
+        self.assertIn("text/plain", answer.headers["content-type"])
+        self.assertRegex(self.pond.id, r"\A[0-9a-z-]+\Z")  # is pasted into the address
+        for start in (0, 10, 20):
+            self.assertEqual(self.pond.offset(), start)
+            self.assertEqual(self.pond.patch(start, start + 10).status, 200)
+        self.assertEqual(self.pond.offset(), 25)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+        self.assertEqual(leftovers(self.app), {})
+
+    def test_beginning_keeps_nothing(self) -> None:
+        ids = {self.pond.begin().body for _ in "123"}
+        self.assertEqual(len(ids), 3)
+        self.assertEqual(os.listdir(self.app.store.state_dir), [])
+        self.assertEqual(self.pond.offset(), 0)
+
+    def test_empty_patch_follows_the_last_full_one(self) -> None:
+        for size in (10, 30, 0):
+            pond = FilePondClient(self.app, noise(size), f"{size}")
+            pond.begin()
+            for start in range(0, size + 1, 10):
+                for _ in "12":  # the first answer was lost
+                    self.assertEqual(pond.patch(start, start + 10).status, 200)
+            self.assertEqual(finished_files(self.app)[f"{size}"], noise(size))
+
+    def test_empty_patch_after_less_than_all_is_refused(self) -> None:
+        self.pond.begin()
+        self.assertEqual(self.pond.patch(25, 25).status, 409)
+        self.pond.patch(0, 10)
+        self.assertEqual(self.pond.patch(25, 25).status, 409)
+        self.assertEqual(self.pond.patch(10, 10).status, 400)
+
+    def test_broken_patch_counts_for_nothing(self) -> None:
+        """Each chunk that begins below the offset is taken for stored."""
+        self.pond.begin()
+        for start in (0, 10):
+            for size in (0, 3, 9):
+                request = cut(self.pond.piece(start, start + 10), size)
+                self.assertIn(self.app.handle(request).status, (400, 408))
+                self.assertEqual(self.pond.offset(), start)
+            self.pond.patch(start, start + 10)
+        with Stalled(self.app, self.pond.piece(20, 25), 2):
+            self.assertEqual(self.pond.offset(), 20)
+        self.pond.patch(20, 25)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+
+    def test_name_comes_as_bytes_of_utf_8(self) -> None:
+        self.pond.name = "\u65e5 \u00fc%20.bin"
+        self.pond.begin()
+        self.pond.patch(0, 25)
+        self.assertEqual(list(finished_files(self.app)), [self.pond.name])
+
+    def test_patch_that_makes_no_sense_is_refused(self) -> None:
+        self.pond.begin()
+        wrong: List[Tuple[int, Dict[str, Any]]] = [
+            *((400, {"Upload_Offset": text}) for text in (None, "", *NO_NUMBERS)),
+            *((400, {"Upload_Offset": start}) for start in (16, 25, 10**14)),
+            *((409, {"Upload_Offset": start}) for start in (1, 10, 15)),
+            *((400, {"Upload_Length": text}) for text in ("24", "26", "x")),
+            (400, {"Upload_Name": None}),
+            (400, {"Upload_Name": "../a"}),
+            (400, {"Upload_Name": "\xff"}),
+            (400, {"Upload_Name": "\u65e5"}),
+        ]
+        for status, headers in wrong:
+            with self.subTest(headers):
+                answer = self.pond.patch(0, 10, **headers)
+                self.assertEqual(answer.status, status)
+        self.assertEqual(self.pond.patch(0, 0).status, 400)
+        self.pond.id = self.pond.id[:-2] + "9"
+        self.assertEqual(self.pond.patch(0, 10, Upload_Length=9).status, 400)
+        self.assertEqual((finished_files(self.app), leftovers(self.app)), ({}, {}))
+        self.assertEqual(self.app.store.open_uploads, 0)
+        request = self.pond.piece(0, 9, Upload_Length=9)
+        self.assertEqual(
+            self.app.handle(cut(request, 9)._replace(length=-1)).status, 411
+        )
+
+    def test_identifier_that_we_did_not_draw_is_missing(self) -> None:
+        self.pond.begin()
+        drawn = self.pond.id
+        for wrong in (
+            "",
+            "x",
+            "../x",
+            drawn.upper(),
+            drawn + "0" * 16,
+            drawn[1:],
+            "0" * 32,
+        ):
+            with self.subTest(wrong):
+                self.pond.id = urllib.parse.quote(wrong)
+                self.assertEqual(self.pond.patch(0, 9).status, 404)
+                where = f"/upload?patch={self.pond.id}"
+                self.assertEqual(send(self.app, "HEAD", where).status, 404)
+                self.assertEqual(self.pond.delete(wrong).status, 404)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_forged_size_is_held_to_the_limits(self) -> None:
+        with application(max_file_size=24) as app:
+            pond = FilePondClient(app)
+            self.assertEqual(pond.begin().status, 413)
+            pond.id = "0" * 32 + "-25"
+            self.assertEqual(pond.patch(0, 10).status, 413)
+        with application(max_chunk_size=9, max_uploads=1) as app:
+            pond = FilePondClient(app)
+            pond.begin()
+            self.assertEqual(pond.patch(0, 10).status, 413)
+            self.assertEqual(pond.patch(0, 9).status, 200)
+            pond.begin()
+            self.assertEqual(pond.patch(0, 9).status, 413)
+
+    def test_unfinished_upload_is_forgotten_and_a_file_stays(self) -> None:
+        self.pond.begin()
+        self.assertEqual(self.pond.delete().status, 204)
+        self.pond.patch(0, 10)
+        self.assertEqual(self.pond.delete().status, 204)
+        self.assertEqual((leftovers(self.app), self.app.store.open_uploads), ({}, 0))
+        for pieces in (((0, 25),), ((0, 10), (10, 25))):
+            self.pond.begin()
+            for start, end in pieces:
+                self.assertEqual(self.pond.patch(start, end).status, 200)
+            self.assertEqual(self.pond.delete().status, 403)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+
+    def test_body_that_is_no_identifier_is_not_read(self) -> None:
+        read = mock.Mock()
+        kind = {"content-type": "text/plain"}
+        request = Request("DELETE", "/upload", "", kind, 1 << 40, read)
+        self.assertEqual(self.app.handle(request).status, 404)
+        read.assert_not_called()
+
+    def test_whole_file_is_answered_with_an_identifier(self) -> None:
+        files = ("filepond", "a", noise(25))
+        answer = send(self.app, *form({"filepond": "{}"}, files))
+        self.assertEqual(answer.status, 200)
+        self.assertIn("text/plain", answer.headers["content-type"])
+        self.assertRegex(answer.body, rb"\A[0-9a-z-]+\Z")
+        self.assertEqual(self.pond.delete(answer.body.decode()).status, 403)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+        wrong = ("filepond", "..", noise(25))
+        answer = send(self.app, *form({"filepond": "{}"}, wrong))
+        self.assertEqual((answer.status, answer.json["success"]), (400, False))
+
+    def test_nothing_is_fetched_loaded_or_restored(self) -> None:
+        """That would let strangers make this server call others."""
+        for word in ("fetch", "load", "restore"):
+            for method in ("GET", "HEAD", "POST", "PUT", "PATCH"):
+                path = f"/upload?{word}=http://127.0.0.1/"
+                self.assertEqual(send(self.app, method, path).status, 404)
+            message = form({}, ("f", "a", b"x"), path=path)
+            self.assertEqual(send(self.app, *message).status, 404)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_each_method_has_its_place(self) -> None:
+        self.pond.begin()
+        for method in ("GET", "POST", "PUT"):
+            answer = send(self.app, method, f"/upload?patch={self.pond.id}")
+            self.assertEqual(answer.status, 405)
+        message = form({"filepond": "{}"}, ("filepond", "a", b"x"))
+        head = {**message.headers, "Upload-Length": "1"}
+        answer = send(self.app, *message._replace(headers=head))
+        self.assertEqual((answer.status, finished_files(self.app)), (400, {}))
+
+    def test_identifier_of_another_owner_leads_to_nothing_of_theirs(self) -> None:
+        users = ["anna"]
+        with application(owner=lambda request: users[0]) as app:
+            pond = FilePondClient(app)
+            pond.begin()
+            pond.patch(0, 10)
+            users[0] = "bert"
+            self.assertEqual((pond.offset(), pond.delete().status), (0, 204))
+            self.assertEqual(pond.patch(10, 25).status, 409)
+            users[0] = "anna"
+            self.assertEqual(pond.patch(10, 25).status, 200)
+            self.assertEqual(finished_files(app), {"a": noise(25)})
+
+    def test_every_process_goes_on_with_an_upload(self) -> None:
+        apps = [self.app, UploadApp(self.app.settings)]
+        self.pond.begin()
+        for number in range(5):
+            self.pond.where = apps[number % 2]
+            self.assertEqual(self.pond.offset(), number * 5)
+            self.pond.patch(number * 5, number * 5 + 5)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+
+    def test_fields_reach_the_functions_of_the_program(self) -> None:
+        done: List[Any] = []
+        for size in (0, 10, 25):
+            with application(on_complete=done.append, place=lambda one: "p/a") as app:
+                pond = FilePondClient(app, noise(size))
+                pond.begin()
+                for start in range(0, size + 1, 10):
+                    message = pond.piece(start, start + 10)
+                    send(app, *message._replace(path=message.path + "&x=1"))
+        self.assertEqual([one.fields["x"] for one in done], ["1"] * 3)
+        self.assertEqual([one.relative_path for one in done], ["p/a"] * 3)
+
+
 # ---- application ---------------------------------------------------------------------
 
 
