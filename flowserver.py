@@ -2262,7 +2262,15 @@ class _Uploads:
         with self._mutex:
             self.require_room()
             ledger.append(("upload", *beginning))
+            # It is counted by its data file.
+            _File(self.disk, ledger.data_path, os.O_RDWR | os.O_CREAT).close()
             self.count += 1
+
+    def recount(self) -> None:
+        """Count the unfinished uploads of all processes; none of ours begins now."""
+        with self._mutex:
+            names = self.disk.list(self.folder)
+            self.count = sum(name.endswith(".data") for name in names)
 
     def supersede(self, ledger: _Ledger, upload: Upload, is_whole: bool) -> None:
         """Begin a new version of a finished upload, or refuse that once.
@@ -2281,13 +2289,13 @@ class _Uploads:
     def drop(self, ledger: _Ledger) -> None:
         """Forget an upload, or a receipt; needs no free space."""
         ledger.empty()
-        discard(self.disk, ledger.data_path)
         if ledger.state.is_unfinished:
-            self._change_count(-1)
+            self._count_one_less()
+        discard(self.disk, ledger.data_path)
 
-    def _change_count(self, change: int) -> None:
+    def _count_one_less(self) -> None:
         with self._mutex:
-            self.count = max(0, self.count + change)
+            self.count = max(0, self.count - 1)
 
     # Ends
 
@@ -2349,8 +2357,8 @@ class _Uploads:
             place = place._replace(inode=status.st_ino, modified=status.st_mtime_ns)
         ledger.append(("finished", *place))
         ledger.flush(ledger.fd)
+        self._count_one_less()
         discard(self.disk, ledger.data_path)
-        self._change_count(-1)
         if not self.announce:
             ledger.cut_down()
 
@@ -2911,8 +2919,6 @@ class Store:
             if not ledger.state.generation:
                 uploads.room.take(0, upload.size)
                 uploads.begin(ledger, upload, is_whole=False, is_kept=True)
-                flags = os.O_RDWR | os.O_CREAT  # it is counted by its data file
-                _File(self.disk, ledger.data_path, flags).close()
             return Progress(ledger.state.ranges.total, upload.size)
 
     def has(self, upload: Upload, start: int, end: int) -> bool:
@@ -2968,8 +2974,7 @@ class Store:
     def count(self) -> None:
         """Count the unfinished uploads of all processes anew."""
         with explained():
-            names = self.disk.list(self.state_dir)
-        self._uploads.count = sum(name.endswith(".data") for name in names)
+            self._uploads.recount()
 
     def sweep(self, stale_after: float, keep_receipts: float) -> None:
         """Finish what a crash left, remove what nobody wants; times in seconds.
@@ -2984,15 +2989,13 @@ class Store:
                 self._unlink_old(name, _LEFTOVER_SECONDS)
             elif name.endswith((".ledger", ".data", ".call")):
                 uploads.setdefault(re.split("[-.]", name)[0], []).append(name)
-        unfinished = 0
         for key, files in uploads.items():
             try:
                 state = self._sweep_upload(key, stale_after, keep_receipts)
-                unfinished += state.is_unfinished
                 self._unlink_others(key, state, files)
             except (FlowError, OSError) as error:  # the others want their turn
                 self._warn(f"upload {key} can't be brought in order: {error}")
-        self._uploads.count = unfinished
+        self.count()
 
     def _sweep_upload(
         self, key: str, stale_after: float, keep_receipts: float

@@ -3050,6 +3050,26 @@ class StoreTest(StoreCase):
         store.count()
         self.assertEqual((store.open_uploads, self.state()), (0, []))
 
+    def test_count_is_right_while_uploads_begin(self) -> None:
+        for sweeps in (True, False):
+            limit = 20 + 20 * sweeps
+            store = self.open(max_uploads=limit)
+            names = iter([f"{sweeps}{n}" for n in range(200)])
+
+            def begin(names: Any = names, store: Any = store) -> None:
+                for name in names:
+                    with contextlib.suppress(flowserver.TooLarge):
+                        put(store, self.data, 0, 300, name)
+
+            threads = [threading.Thread(target=begin) for _ in "123"]
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                store.sweep(1e9, 1e9) if sweeps else store.count()
+            self.assertEqual(store.open_uploads, limit)
+            self.assertEqual(len(self.state(".data")), limit)
+            shutil.rmtree(store.state_dir)
+
     def test_opened_upload_of_no_bytes_leaves_a_receipt(self) -> None:
         self.store.open(upload_of(b""))
         status = self.store.status(upload_of(b"").key)
@@ -3106,7 +3126,7 @@ class StoreTest(StoreCase):
         self.assertEqual([n for n in names if n.startswith(("key", "0-1"))], [])
         with mock.patch.object(store.disk, "lock", side_effect=OSError(5, "bad")):
             store.sweep(1e9, 1e9)
-        self.assertEqual((len(told), store.open_uploads), (1, 0))
+        self.assertEqual((len(told), store.open_uploads), (1, 1))
 
     def test_receipts_end_and_files_stay(self) -> None:
         for low, high in thirds(900):
