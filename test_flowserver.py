@@ -313,7 +313,7 @@ def parameters_of(
         "resumable.js": {"resumable" + word: text for word, text in flow.items()},
         "simple-uploader.js": {w[0].lower() + w[1:]: text for w, text in flow.items()},
         "Dropzone": {
-            "dzuuid": UUID,
+            "dzuuid": hashlib.sha1(name.encode()).hexdigest()[:32],
             "dzchunkindex": index,
             "dztotalfilesize": len(data),
             "dzchunksize": size,
@@ -4981,6 +4981,395 @@ class FilePondTest(unittest.TestCase):
 # ---- application ---------------------------------------------------------------------
 
 
+# What holds whatever a file comes with
+
+
+def in_chunks(
+    library: str, size: int, where: Any, name: str, data: bytes, **head: str
+) -> Answer:
+    """Send a file as a library does, up to the first error; return the last answer."""
+    for index in range(max(1, -(-len(data) // size))):
+        message = chunk_of(library, name, data, index, size)
+        headers = {**message.headers, **head}
+        answer = send(where, *message._replace(headers=headers))
+        if answer.status != 200:
+            break
+    return answer
+
+
+def by_tus(size: int, where: Any, name: str, data: bytes, **head: str) -> Answer:
+    client = TusClient(where, data, **head)
+    answer = client.create(Upload_Metadata=f"filename {base64_of(name)}")
+    for start in range(0, len(data), size):
+        if answer.status < 300:
+            answer = client.patch(start, start + size)
+    return answer
+
+
+def by_tus_at_once(where: Any, name: str, data: bytes, **head: str) -> Answer:
+    metadata = f"filename {base64_of(name)}"
+    client = TusClient(where, data, **head)
+    return client.create(data, Content_Type=PATCH_TYPE, Upload_Metadata=metadata)
+
+
+def by_filepond(size: int, where: Any, name: str, data: bytes, **head: str) -> Answer:
+    pond = FilePondClient(where, data, name)
+    answer = pond.begin(**head)
+    for start in range(0, len(data), size):
+        if answer.status < 300:
+            answer = pond.patch(start, start + size, **head)
+    return answer
+
+
+def by_form(fields: Any, where: Any, name: str, data: bytes, **head: str) -> Answer:
+    return send(where, *form(fields, ("filepond", name, data), headers=head))
+
+
+def by_put(where: Any, name: str, data: bytes, **head: str) -> Answer:
+    return send(where, "PUT", "/upload/" + name, data, head)
+
+
+WAYS: Dict[str, Any] = {
+    "flow.js": functools.partial(in_chunks, "flow.js", 10),
+    "flow.js, one chunk": functools.partial(in_chunks, "flow.js", 100),
+    "Dropzone": functools.partial(in_chunks, "Dropzone", 10),
+    "Plupload": functools.partial(in_chunks, "Plupload", 10),
+    "form": functools.partial(by_form, {}),
+    "PUT": by_put,
+    "tus": functools.partial(by_tus, 10),
+    "tus, one PATCH": functools.partial(by_tus, 100),
+    "tus with creation": by_tus_at_once,
+    "FilePond": functools.partial(by_filepond, 10),
+    "FilePond, one PATCH": functools.partial(by_filepond, 100),
+    "FilePond's form": functools.partial(by_form, {"filepond": "{}"}),
+}
+
+
+class EveryWayTest(unittest.TestCase):
+    """Rules that hold for a file whatever protocol it comes by."""
+
+    DATA = noise(25)
+
+    def in_every_way(self, check: Any, **arguments: Any) -> None:
+        """Call ``check(app, give)``, with a cleared folder each time.
+
+        ``give(name, data)`` sends a file, and returns the last answer.
+        """
+        with application(**arguments) as app:
+            for name, way in WAYS.items():
+                with self.subTest(name):
+                    check(app, functools.partial(way, app))
+                for folder, _, names in os.walk(app.store.upload_dir):
+                    for file in set(names) - {"key"}:
+                        os.unlink(os.path.join(folder, file))
+                app.store.count()
+
+    def check_nothing(self, app: UploadApp) -> None:
+        self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+        self.assertEqual(app.store.open_uploads, 0)
+
+    def test_file_arrives_and_the_same_again_is_no_second_copy(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            for _ in "12":
+                self.assertLess(give("d.bin", self.DATA).status, 300)
+            self.assertEqual(finished_files(app), {"d.bin": self.DATA})
+            self.assertEqual((leftovers(app), app.store.open_uploads), ({}, 0))
+
+        self.in_every_way(check)
+
+    def test_foreign_pages_may_not_send(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            answer = give("a", self.DATA, Origin="http://evil.example")
+            self.assertIn(answer.status, (403, 415))
+            self.check_nothing(app)
+
+        self.in_every_way(check)
+
+    def test_authorize_is_asked(self) -> None:
+        for refusal, word in (("Bring a key.", "Bring a key."), (False, "may not")):
+
+            def check(app: UploadApp, give: Any, word: str = word) -> None:
+                answer = give("a", self.DATA)
+                self.assertIn(answer.status, (403, 415))
+                self.assertIn(word, answer.json["error"])
+                self.check_nothing(app)
+
+            self.in_every_way(check, authorize=lambda _, no=refusal: no)
+
+    def test_login_is_needed(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            answer = give("a", self.DATA)
+            self.assertEqual(answer.status, 401)
+            self.assertIn("www-authenticate", answer.headers)
+            self.check_nothing(app)
+
+        with temporary_folder() as folder:
+            line = "anna:" + flowserver.hash_password("x", rounds=1)
+            self.in_every_way(check, users_file=conf_file(folder, line))
+
+    def test_owner_is_told_with_the_file(self) -> None:
+        done: List[Any] = []
+
+        def check(app: UploadApp, give: Any) -> None:
+            give("a", self.DATA)
+            self.assertEqual(done.pop().owner, "anna")
+
+        self.in_every_way(check, owner=lambda _: "anna", on_complete=done.append)
+
+    def test_place_is_asked_and_held_to_the_rules(self) -> None:
+        place = mock.Mock()
+
+        def check(app: UploadApp, give: Any) -> None:
+            for path in ("../a", "", ".", "a/..", "a/"):
+                place.return_value = path
+                self.assertIn(give("a", self.DATA).status, (400, 415))
+                self.check_nothing(app)
+            place.return_value = "p/b"
+            self.assertLess(give("a", self.DATA).status, 300)
+            self.assertEqual(list(finished_files(app)), ["p/b"])
+
+        self.in_every_way(check, place=place)
+
+    def test_size_and_space_are_limited(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            with mock.patch.object(app.store.disk, "free_space", return_value=1048):
+                self.assertEqual(give("a", self.DATA).status, 413)
+                self.check_nothing(app)
+
+        self.in_every_way(check, max_file_size=24)
+        self.in_every_way(check, min_free_space="1K")
+
+    def test_number_of_unfinished_uploads_is_limited(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            send(app, *browser("other", self.DATA, 1, 10))
+            self.assertEqual(give("a", self.DATA).status, 413)
+            self.assertEqual(app.store.open_uploads, 1)
+
+        self.in_every_way(check, max_uploads=1)
+
+    def test_taken_name_is_what_the_policy_says(self) -> None:
+        for policy, statuses, files in (
+            ("rename", (200, 201, 204), {"a": b"other", "a (1)": self.DATA}),
+            ("replace", (200, 201, 204), {"a": self.DATA}),
+            ("refuse", (409, 415), {"a": b"other"}),
+        ):
+
+            def check(
+                app: Any, give: Any, is_in: Any = statuses, there: Any = files
+            ) -> None:
+                send(app, "PUT", "/upload/a", b"other")
+                self.assertIn(give("a", self.DATA).status, is_in)
+                self.assertEqual(finished_files(app), there)
+                self.assertEqual((leftovers(app), app.store.open_uploads), ({}, 0))
+
+            self.in_every_way(check, on_conflict=policy)
+
+    def test_completion_is_told_once(self) -> None:
+        done: List[Any] = []
+
+        def check(app: UploadApp, give: Any) -> None:
+            give("a", self.DATA)
+            app.sweep()
+            one = done.pop()
+            self.assertEqual((one.relative_path, one.size, done), ("a", 25, []))
+
+        self.in_every_way(check, on_complete=done.append)
+
+    def test_completion_is_told_again_after_a_crash(self) -> None:
+        done: List[Any] = []
+        for word, before in (("publish", 0), ("finished", 0), ("announced", 1)):
+
+            def check(
+                app: Any, give: Any, word: str = word, before: int = before
+            ) -> None:
+                done.clear()
+                with killed_before(word), self.assertRaises(Killed):
+                    give("a", self.DATA)
+                again = UploadApp(app.settings, on_complete=done.append)
+                self.assertEqual(len(done), before)
+                again.tidy()
+                again.sweep()
+                self.assertEqual(len(done), before + 1)
+                self.assertEqual(len({one.id for one in done}), 1)
+                self.assertEqual(finished_files(app), {"a": self.DATA})
+
+            self.in_every_way(check, on_complete=done.append)
+
+    def test_function_that_wants_to_end_the_program_does_not(self) -> None:
+        for name in ("authorize", "owner", "place", "on_complete"):
+
+            def check(
+                app: Any, give: Any, is_late: bool = name == "on_complete"
+            ) -> None:
+                with self.assertLogs("flowserver", "ERROR"):
+                    status = give("a", self.DATA).status
+                self.assertIs(status == 503, not is_late)
+                self.assertIs("a" in finished_files(app), is_late)
+
+            self.in_every_way(check, **{name: mock.Mock(side_effect=SystemExit(1))})
+
+    def test_vanished_folder_is_503(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            folder = app.store.upload_dir
+            os.rename(folder, folder + " gone")
+            self.assertEqual(give("a", self.DATA).status, 503)
+            os.rename(folder + " gone", folder)
+
+        self.in_every_way(check)
+
+    def test_full_disk_is_503_and_a_later_try_succeeds(self) -> None:
+        full = OSError(errno.ENOSPC, "No space left on device")
+
+        def check(app: UploadApp, give: Any) -> None:
+            with mock.patch.object(app.store.disk, "write", side_effect=full):
+                self.assertEqual(give("a", self.DATA).status, 503)
+            self.assertLess(give("a", self.DATA).status, 300)
+            self.assertEqual(finished_files(app), {"a": self.DATA})
+
+        self.in_every_way(check)
+
+    def test_hostile_names_stay_inside_or_are_refused(self) -> None:
+        good = {"CON": "_CON", "a:b": "a_b", ".flowserver/v2/x": "_.flowserver/v2/x"}
+
+        def check(app: UploadApp, give: Any) -> None:
+            for name in ("../../x", "a/../../x", "..", "a\\..\\..\\x"):
+                self.assertIn(give(name, self.DATA).status, (400, 415))
+                self.check_nothing(app)
+            for name in good:
+                self.assertLess(give(name, self.DATA).status, 300)
+            self.assertEqual(set(finished_files(app)), set(good.values()))
+
+        self.in_every_way(check)
+
+
+class FallingDisk(flowserver.Disk):
+    """A disk of so much room, of which the bytes of clients take some."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(sync=False)
+        self.room = self.least = room
+        self.of_clients: Set[int] = set()
+        self.mutex = threading.Lock()
+
+    def open(self, path: str, flags: int) -> int:
+        fd = super().open(path, flags)
+        (self.of_clients.discard, self.of_clients.add)[
+            path.endswith((".data", ".part"))
+        ](fd)
+        return fd
+
+    def write(self, fd: int, block: Any, offset: int) -> None:
+        with self.mutex:
+            self.room -= len(block) * (fd in self.of_clients)
+            self.least = min(self.least, self.room)
+        time.sleep(0.001)
+        super().write(fd, block, offset)
+
+    def free_space(self, path: str) -> int:
+        return self.room
+
+
+def all_at_once(tasks: Sequence[Any]) -> List[Any]:
+    """Run functions in a thread each; return what they returned, in no order."""
+    start, found = threading.Barrier(len(tasks)), []
+
+    def run(task: Any) -> None:
+        start.wait(PATIENCE)
+        found.append(task())
+
+    threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    return found
+
+
+class CrowdTest(unittest.TestCase):
+    """Limits, functions and answers when many come at once."""
+
+    def test_no_more_uploads_begin_than_may(self) -> None:
+        for library in ("flow.js", "Dropzone", "Plupload"):
+            with self.subTest(library), application(max_uploads=5) as app:
+                tasks = []
+                for n in range(60):
+                    own = {"dzuuid": f"{n:032x}"} if library == "Dropzone" else {}
+                    message = chunk_of(library, f"{n}", noise(25), **own)
+                    tasks.append(lambda m=message: send(app, *m).status)
+                statuses = collections.Counter(all_at_once(tasks))
+                self.assertEqual(statuses, {200: 5, 413: 55})
+                self.assertEqual((app.store.open_uploads, len(leftovers(app))), (5, 5))
+
+    def test_new_version_of_a_finished_file_is_an_upload_too(self) -> None:
+        with application(max_uploads=2) as app:
+            for name in "abc":
+                in_chunks("flow.js", 10, app, name, noise(25, 1))
+            again = [chunk_of("flow.js", name, noise(25, 2)) for name in "abc"]
+            statuses = [send(app, *message).status for message in again]
+            self.assertEqual((statuses, app.store.open_uploads), ([200, 200, 413], 2))
+
+    def test_free_space_never_falls_below_the_floor(self) -> None:
+        for way in ("flow.js", "form", "PUT", "tus", "FilePond, one PATCH", "Plupload"):
+            disk = FallingDisk(10_000)
+            with temporary_folder() as folder:
+                store = Store(folder, disk=disk, min_free_space=9_000)
+                with self.subTest(way), application(store=store) as app:
+                    tasks = [
+                        functools.partial(WAYS[way], app, f"{n}", noise(95))
+                        for n in range(40)
+                    ]
+                    statuses = collections.Counter(a.status for a in all_at_once(tasks))
+                    self.assertGreaterEqual(disk.least, 9_000)
+                    self.assertLessEqual(set(statuses), {200, 204, 413, 503})
+                    stored = statuses[200] + statuses[204]
+                    self.assertEqual(len(finished_files(app)), stored)
+
+    def test_functions_of_the_program_wait_until_it_is_made(self) -> None:
+        """What a crash left is told by the first tidy(), to one process at a time."""
+        with application(on_complete=mock.Mock(side_effect=Killed)) as app:
+            for name in "ab":
+                with self.assertRaises(Killed):
+                    in_chunks("flow.js", 10, app, name, noise(25))
+            gc.collect()
+            told: List[str] = []
+
+            def complete(done: Any) -> None:
+                time.sleep(0.02)
+                told.append(done.relative_path)
+
+            apps = [UploadApp(app.settings, on_complete=complete) for _ in "123"]
+            self.assertEqual(told, [])
+            all_at_once([one.tidy for one in apps])
+            for one in apps:
+                one.sweep()
+            self.assertEqual(sorted(told), ["a", "b"])
+
+    def test_chunk_that_completes_a_file_is_answered_last(self) -> None:
+        """flow.js hands on the last answer that it sees, which should name the file."""
+        order, hold = [], threading.Event()
+        commit = flowserver.Body.commit
+
+        def slowly(body: Any, *rest: Any) -> Any:
+            progress = commit(body, *rest)
+            if body.start == 0:
+                hold.set()
+                time.sleep(0.1)
+            return progress
+
+        def give(index: int) -> None:
+            answer = send(app, *chunk_of("flow.js", "a", noise(25), index))
+            order.append(answer.json["status"])
+
+        with application() as app, mock.patch.object(flowserver.Body, "commit", slowly):
+            give(1)
+            first = threading.Thread(target=give, args=(0,))
+            first.start()
+            hold.wait(PATIENCE)
+            give(2)
+            first.join(PATIENCE)
+        self.assertEqual(order, ["partial", "partial", "complete"])
+
+
 def lies_inside(where: Union[FlowServer, UploadApp], folder: str) -> None:
     """Check that nothing was made in `folder` outside of the upload folder."""
     upload_dir = os.path.relpath(folders_of(where)[0], folder).split(os.sep)[0]
@@ -6854,6 +7243,33 @@ class WsgiTest(unittest.TestCase):
             self.assertEqual(answer.status, 415)
             self.assertIn("how long", answer.json["error"])
             self.assertEqual(finished_files(app), {})
+
+    def test_coding_that_nobody_decoded_is_refused(self) -> None:
+        """Some servers hand on the frames of a chunked body as its bytes."""
+        message, frames = Message("PUT", "/upload/a"), b"5\r\nbytes\r\n0\r\n\r\n"
+        how = {"HTTP_TRANSFER_ENCODING": "chunked", "CONTENT_LENGTH": "5"}
+        with application() as app:
+            for body, more in (
+                (frames, {}),
+                (b"bytes", {"wsgi.input_terminated": True}),
+            ):
+                environ = {**how, **more, "wsgi.input": io.BytesIO(body)}
+                answer = self.call(app, message, **environ)
+                self.assertEqual(answer.status, 200 if more else 411)
+            self.assertEqual(finished_files(app), {"a": b"bytes"})
+
+    def test_view_of_a_framework_answers_whatever_the_path(self) -> None:
+        with application(any_path=False) as app:
+            for path in ("/", "/health", "/upload", "/a/b", "/sample/x"):
+                for method, body, status in (("GET", b"", 204), ("POST", b"x", 400)):
+                    environ = {
+                        "REQUEST_METHOD": method,
+                        "PATH_INFO": path,
+                        "CONTENT_LENGTH": str(len(body)),
+                        "wsgi.input": io.BytesIO(body),
+                    }
+                    wsgiref.util.setup_testing_defaults(environ)
+                    self.assertEqual(app.answer(environ).status, status, path)
 
     def test_missing_length_is_an_empty_body(self) -> None:
         with application() as app:
