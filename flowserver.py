@@ -97,6 +97,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Collection,
     Generic,
     Iterable,
     Iterator,
@@ -825,7 +826,8 @@ class Chunk(NamedTuple):
     @property
     def is_secret(self) -> bool:
         """Whether knowing the identifier is proof enough of being its owner."""
-        return self.is_random or bool(_SECRET_IDENTIFIER.match(self.identifier))
+        is_drawn = self.is_random and _DRAWN_IDENTIFIER.fullmatch(self.identifier)
+        return bool(is_drawn or _SECRET_IDENTIFIER.match(self.identifier))
 
 
 class Dialect(NamedTuple):
@@ -992,6 +994,7 @@ def dialects_with(prefix: str) -> tuple[Dialect, ...]:
 
 # A name of our own clients: 128 random bits of a browser, and the time of modification.
 _SECRET_IDENTIFIER = re.compile("flowserver-[0-9a-f]{32}-")
+_DRAWN_IDENTIFIER = re.compile("[0-9A-Fa-f-]{32,52}")  # not what a program set instead
 _ABSENT = ("", "null", "undefined", "false")
 
 
@@ -1009,18 +1012,19 @@ def recognise(
     return next((row for row in dialects if row.marks <= names), None)
 
 
-def require_marks(names: Iterable[str], dialects: Iterable[Dialect]) -> None:
+def require_marks(names: Collection[str], dialects: Iterable[Dialect]) -> None:
     """Raise Malformed when parameters are a library's, but not all that mark them."""
     for row in dialects:
-        own = set(row.names) - _COMMON_WORDS
+        own = {*row.names, *row.marks} - _COMMON_WORDS
         if not own.isdisjoint(names):
+            missing = min(mark for mark in row.marks if mark not in names)
             raise Malformed(
-                f"These are parameters of {row.name}, but {min(row.marks)} is missing."
+                f"These are parameters of {row.name}, but {missing} is missing."
             )
 
 
 _COMMON_WORDS = frozenset(
-    ("", "name", "identifier", "filename", "relativePath", "total", "offset")
+    ("", "name", "identifier", "filename", "relativePath", "total")
 )
 
 
@@ -1068,6 +1072,8 @@ def parse_chunk(
     `filename` and `length` are those of the part, for rows that have no parameter.
     """
 
+    parameters = {**parameters, "": ""}  # so that "" names none
+
     def integer(name: str) -> int:
         return parse_integer(parameters.get(name, ""), name)
 
@@ -1082,7 +1088,11 @@ def parse_chunk(
     names = (identifier, filename or path, path)
     upload = Chunk(*names, -1, 0, -1, row.is_random, row.is_in_order)
     if not parameters.get(row.number or row.start):  # the whole file, or no chunk
-        size = integer(row.total) if row.has_tests else -1
+        is_piece = parameters.get(row.start) or parameters.get(row.length)
+        if is_piece and not row.has_tests:
+            raise Malformed(f"The chunk has no {row.number}.")
+        is_said = row.has_tests or parameters.get(row.total)
+        size = integer(row.total) if is_said else -1
         return row.amend(upload._replace(size=size), parameters)
     number = integer(row.number) - row.first if row.number else 0
     nominal = integer(row.nominal) if row.nominal else 0
@@ -1095,8 +1105,8 @@ def parse_chunk(
     _check_chunk(chunk)
     if row.nominal:
         _check_nominal(chunk, number, nominal)
-        if parameters.get(row.chunks):
-            _check_count(integer(row.chunks), number, nominal, chunk.size)
+    if parameters.get(row.chunks):
+        _check_count(chunk, integer(row.chunks), number, nominal)
     return chunk
 
 
@@ -1131,12 +1141,20 @@ def _check_nominal(chunk: Chunk, number: int, nominal: int) -> None:
         )
 
 
-def _check_count(count: int, number: int, nominal: int, size: int) -> None:
-    fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
-    if not fewest <= count <= most or number >= count:
+def _check_count(chunk: Chunk, count: int, number: int, nominal: int) -> None:
+    """Hold a chunk against how many there are.
+
+    Were the last one not the end, then all would be taken and the file never complete.
+    """
+    size, end = chunk.size, chunk.start + chunk.length
+    fewest, most = count, count
+    if nominal:
+        fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
+    is_one = fewest <= count <= most and (number > 0) == (chunk.start > 0)
+    if not is_one or number >= count or (number == count - 1) != (end == size):
         raise Malformed(
-            f"Chunk {number + 1} of {count} does not go with {size} bytes in chunks of"
-            f" {nominal}."
+            f"Chunk {number + 1} of {count} does not go with bytes {chunk.start} to"
+            f" {end} of {size}."
         )
 
 
@@ -1499,6 +1517,7 @@ _LINES: Mapping[str, Callable[..., None]] = {
 _CHANGED = "This file has changed since it was sent last; please send it once more."
 _UNDONE = "Another attempt at this chunk was under way; please send it again."
 _CANCELLED = "This upload was cancelled while the chunk was under way."
+_ANOTHER_FILE = "Another file of this name and size is just being sent."
 _OTHER_SIZE = "A file of another size was begun under this identifier."
 _NO_BEGINNING = "The beginning of this file is not here; please send all of it again."
 
@@ -2092,6 +2111,7 @@ def _taken(path: str) -> Conflict:
 # <key>-<generation>.call is locked by whoever is inside of on_complete.
 
 _WAIT_SECONDS = 10.0  # for what may still differ, before a file gets its name
+_BUSY_SECONDS = 60.0  # between the chunks of a client that sends one after the other
 _ANSWER_SECONDS = 1.0  # between what is recorded and the end of its body
 
 
@@ -2248,7 +2268,15 @@ class _Uploads:
         with self._mutex:
             self.require_room()
             ledger.append(("upload", *beginning))
+            # It is counted by its data file.
+            _File(self.disk, ledger.data_path, os.O_RDWR | os.O_CREAT).close()
             self.count += 1
+
+    def recount(self) -> None:
+        """Count the unfinished uploads of all processes; none of ours begins now."""
+        with self._mutex:
+            names = self.disk.list(self.folder)
+            self.count = sum(name.endswith(".data") for name in names)
 
     def supersede(self, ledger: _Ledger, upload: Upload, is_whole: bool) -> None:
         """Begin a new version of a finished upload, or refuse that once.
@@ -2267,13 +2295,13 @@ class _Uploads:
     def drop(self, ledger: _Ledger) -> None:
         """Forget an upload, or a receipt; needs no free space."""
         ledger.empty()
-        discard(self.disk, ledger.data_path)
         if ledger.state.is_unfinished:
-            self._change_count(-1)
+            self._count_one_less()
+        discard(self.disk, ledger.data_path)
 
-    def _change_count(self, change: int) -> None:
+    def _count_one_less(self) -> None:
         with self._mutex:
-            self.count = max(0, self.count + change)
+            self.count = max(0, self.count - 1)
 
     # Ends
 
@@ -2335,8 +2363,8 @@ class _Uploads:
             place = place._replace(inode=status.st_ino, modified=status.st_mtime_ns)
         ledger.append(("finished", *place))
         ledger.flush(ledger.fd)
+        self._count_one_less()
         discard(self.disk, ledger.data_path)
-        self._change_count(-1)
         if not self.announce:
             ledger.cut_down()
 
@@ -2529,7 +2557,7 @@ class Body:
     def begin(self) -> None:
         """Find out where the bytes go."""
         uploads = self._uploads
-        is_aside = self.is_whole and not uploads.announce
+        is_aside = self.is_whole and not (uploads.announce or self.is_kept)
         with uploads.entered(self.upload.key, create=not is_aside) as ledger:
             if ledger and ledger.state.upload.size not in (-1, self.upload.size):
                 raise Conflict(_OTHER_SIZE)
@@ -2556,10 +2584,6 @@ class Body:
 
     def _join(self, ledger: _Ledger) -> None:
         """Go on in place, in the upload that the ledger has now."""
-        is_new = not ledger.state.ranges.total  # it has no bytes that could be lost
-        ledger.is_named = ledger.is_named and not is_new
-        flags = os.O_RDWR | (os.O_CREAT if is_new else 0)
-        self._data = _File(self._disk, ledger.data_path, flags)
         self._generation, self._published = ledger.state.generation, None
         self._failures = self._uploads.failures
         self._missing = ledger.state.ranges.gaps(self.start, self.end)
@@ -2567,7 +2591,11 @@ class Body:
             raise Conflict(_NO_BEGINNING)
         if self.is_kept:  # a hanging request gives way
             self._end_others(ledger, None, 0)
-        self._take_room(0 if ledger.state.ranges.total else self.upload.size)
+        is_new = not ledger.state.ranges.total  # it has no bytes that could be lost
+        self._take_room(self.upload.size if is_new else 0)
+        ledger.is_named = ledger.is_named and not is_new
+        flags = os.O_RDWR | (os.O_CREAT if is_new else 0)
+        self._data = _File(self._disk, ledger.data_path, flags)
         with self._opened():  # made, before somebody waits for its bytes
             if self._missing:
                 ledger.append(("claim", self.name, self.start, self.end))
@@ -2670,8 +2698,20 @@ class Body:
             ledger = self._require_current(found)
             error = ledger.state.on_difference(start, end, self._missing)
             if isinstance(error, Conflict):
+                self._require_idle(ledger)
                 self._uploads.drop(ledger)
             raise error
+
+    def _require_idle(self, ledger: _Ledger) -> None:
+        """Raise Conflict when these may be the chunks of another file, which go on.
+
+        Without an identifier they could not be told from those of this one, once it
+        began in that one's place.
+        """
+        data = self._disk.stat_path(ledger.data_path)
+        age = self._uploads.clock() - data.st_mtime if data else math.inf
+        if self.is_in_order and not self.upload.is_secret and age < _BUSY_SECONDS:
+            raise Conflict(_ANOTHER_FILE)
 
     def _leave_published(self) -> None:
         """Go on in a new upload: this is not what the finished file has."""
@@ -2886,7 +2926,7 @@ class Store:
     def open(self, upload: Upload) -> Progress:
         """Make an upload before its first byte comes; one of 0 bytes is finished."""
         if not upload.size:
-            with self.receive(upload, 0, 0) as body:
+            with self.receive(upload, 0, 0, is_kept=True) as body:
                 return body.commit()
         uploads, key = self._uploads, upload.key
         with explained(), uploads.entered(key, create=True, flushes=True) as ledger:
@@ -2951,8 +2991,7 @@ class Store:
     def count(self) -> None:
         """Count the unfinished uploads of all processes anew."""
         with explained():
-            names = self.disk.list(self.state_dir)
-        self._uploads.count = sum(name.endswith(".data") for name in names)
+            self._uploads.recount()
 
     def sweep(self, stale_after: float, keep_receipts: float) -> None:
         """Finish what a crash left, remove what nobody wants; times in seconds.
@@ -2967,15 +3006,13 @@ class Store:
                 self._unlink_old(name, _LEFTOVER_SECONDS)
             elif name.endswith((".ledger", ".data", ".call")):
                 uploads.setdefault(re.split("[-.]", name)[0], []).append(name)
-        unfinished = 0
         for key, files in uploads.items():
             try:
                 state = self._sweep_upload(key, stale_after, keep_receipts)
-                unfinished += state.is_unfinished
                 self._unlink_others(key, state, files)
             except (FlowError, OSError) as error:  # the others want their turn
                 self._warn(f"upload {key} can't be brought in order: {error}")
-        self._uploads.count = unfinished
+        self.count()
 
     def _sweep_upload(
         self, key: str, stale_after: float, keep_receipts: float
@@ -3641,7 +3678,7 @@ class Request(NamedTuple):
     fill: Callable[[bool], tuple[bytes | bytearray, int]] | None = None
     user: str = ""  # who is logged in
     mount: str = ""  # where a WSGI application is mounted
-    base: str = ""  # the last word of the address, for what is below it
+    base: str | None = None  # the last word of the address, encoded; else that of path
     has_gone: Callable[[], bool] = bool  # whether the client is seen to have hung up
 
     @property
@@ -3816,8 +3853,9 @@ def wsgi_request(environ: Mapping[str, Any]) -> Request:
     is_chunked = "transfer-encoding" in headers  # of which some hand on the framing
     said = environ.get("CONTENT_LENGTH") or ("-1" if is_chunked else "0")
     length = parse_length(said) if is_decoded or not is_chunked else -1
-    path = environ.get("PATH_INFO", "").encode("latin-1").decode("utf-8", "replace")
-    mount = environ.get("SCRIPT_NAME", "")
+    path, mount = environ.get("PATH_INFO", ""), environ.get("SCRIPT_NAME", "")
+    address = mount + path
+    path = path.encode("latin-1").decode("utf-8", "replace")
     # Flask's own server would wait for ever for what Flask has read already.
     is_read = "stream" in getattr(environ.get("werkzeug.request"), "__dict__", ())
     return Request(
@@ -3835,7 +3873,7 @@ def wsgi_request(environ: Mapping[str, Any]) -> Request:
         client=environ.get("REMOTE_ADDR", ""),
         scheme=environ.get("wsgi.url_scheme", "http"),
         mount=mount,
-        base=(mount + path).rpartition("/")[2],
+        base=urllib.parse.quote(address.rpartition("/")[2], encoding="latin-1"),
     )
 
 
@@ -3860,6 +3898,9 @@ def drain(receive: Callable[[int], int], size: int) -> None:
         drained += received
 
 
+_END = object()  # after the last event
+
+
 class Content:
     """What a request carries: parameters of the address and the form, and files."""
 
@@ -3874,6 +3915,7 @@ class Content:
         self._left = request.length  # bytes of the body that are not read yet
         self._field_size = 0
         self._files = 0
+        self._is_in_file = False
         self.is_read = False  # its body held parameters, and nothing else
 
     @property
@@ -3899,6 +3941,9 @@ class Content:
 
     def require_marks(self) -> None:
         """Raise Malformed when this could be a chunk of a library, badly written."""
+        headers = self.request.headers
+        if "upload-offset" in headers or headers.get("upload-complete") == "?0":
+            raise Malformed("A part of a file came without Tus-Resumable or ?patch.")
         require_marks(self.given, self._dialects)
 
     def chunk(self, part: Part | None = None) -> Chunk:
@@ -3925,15 +3970,18 @@ class Content:
     def next_file(self) -> Part | None:
         """Return the next file of the body, None at its end; raises Malformed.
 
-        The fields before it are known then; its bytes are those of blocks().
+        The fields before it are known then; its bytes are those of blocks().  What was
+        not read of the file before is passed over.
         """
         if not self._files and not self._begin():
-            self._files += 1
+            self._files, self._is_in_file = 1, True
             return Part("", disposition_name(self.request.headers), "")
+        for _ in self.blocks():
+            pass
         name, value = "", bytearray()
         for event in self._events:
             if isinstance(event, Part) and event.filename is not None:
-                self._files += 1
+                self._files, self._is_in_file = self._files + 1, True
                 self.find_dialect()
                 return event
             if isinstance(event, Part):
@@ -3972,12 +4020,14 @@ class Content:
         """
         if self._parser:
             self._parser.expect(size)
-        for event in self._events:
-            if event is None:
-                return
-            assert isinstance(event, memoryview)
-            yield event
-        self._close_form()
+        while self._is_in_file:
+            event: Any = next(self._events, _END)
+            if isinstance(event, memoryview):
+                yield event
+                continue
+            self._is_in_file = False
+            if event is _END:
+                self._close_form()
 
     def end(self) -> None:
         """Raise Malformed when more files follow, or the body is not whole."""
@@ -4022,10 +4072,12 @@ class Content:
     def read_fields(self) -> None:
         """Take the parameters of a body that holds nothing else.
 
-        That is Fine Uploader's request after the last chunk.
+        That is Fine Uploader's request after the last chunk; with a name it is a file.
         """
-        kind = self.request.headers.get("content-type", "").partition(";")[0].lower()
-        if self.dialect or kind not in ("application/x-www-form-urlencoded", _JSON):
+        headers = self.request.headers
+        kind = headers.get("content-type", "").partition(";")[0].lower()
+        is_file = self.dialect or "content-disposition" in headers
+        if is_file or kind not in ("application/x-www-form-urlencoded", _JSON):
             return
         if self.request.length > _MAX_FIELD_SIZE:
             raise Malformed("The fields of the request are too long.")
@@ -4036,7 +4088,7 @@ class Content:
                 self.given.update((str(name), str(values[name])) for name in values)
             else:
                 parse_query(text.decode("utf-8"), self.given)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise Malformed("The fields of the request can't be read.") from error
         self._files, self.is_read = 1, True
         self.find_dialect()
@@ -4453,7 +4505,15 @@ class Access:
             headers.append(("Access-Control-Allow-Credentials", "true"))
         elif origin and "*" in self.settings.allow_origins:
             headers.append(("Access-Control-Allow-Origin", "*"))
+        if len(headers) > 1:
+            headers.append(("Access-Control-Expose-Headers", _EXPOSED_HEADERS))
         return response.with_headers(*headers)
+
+
+_EXPOSED_HEADERS = (  # what tus and FilePond must read
+    "Location, Upload-Offset, Upload-Length, Upload-Metadata, Upload-Expires,"
+    " Tus-Resumable, Tus-Version, Tus-Extension, Tus-Max-Size, Tus-Checksum-Algorithm"
+)
 
 
 def _unknown_host(host: str) -> Foreign:
@@ -4469,6 +4529,7 @@ def _unknown_host(host: str) -> Foreign:
 
 _FORM_ALLOWANCE = 256 * 1024  # bytes that a form may have beside the chunk
 _DRAIN_SIZE = 64 * 1024 * 1024  # bytes, where max_chunk_size sets no other limit
+_STAYS = "A finished file can't be removed here."
 
 
 class Incoming(NamedTuple):
@@ -4618,7 +4679,8 @@ class Chunks:
             raise BadMethod("Chunks are sent with POST, PUT or PATCH.")
         if request.length < 0:
             raise LengthRequired("The request must say how long its body is.")
-        content.read_fields()
+        if not below:
+            content.read_fields()
         if content.given.get("_method") == "DELETE":  # Fine Uploader
             return self._delete(request, below, content)
         if content.is_read:
@@ -4657,9 +4719,9 @@ class Chunks:
             raise Malformed("The upload to cancel is not named.")
         key = self._intake.upload(request, chunk).key
         if not self._intake.cancelled(request, key) and chunk.is_random:
-            status = self._store.status(key)
-            if status and status.is_finished:
-                raise Forbidden("A finished file can't be removed here.")
+            if self._store.status(key):
+                raise Forbidden(_STAYS)
+            raise Missing("There is no such upload (any more).")  # a file may be
         return _NO_CONTENT
 
     def _after_last_chunk(self, request: Request, content: Content) -> Response:
@@ -4670,12 +4732,14 @@ class Chunks:
         chunk = content.chunk(_NO_PART)
         upload = self._intake.upload(request, chunk)
         if content.given.get("qqtotalparts") == "0":
-            part = Part("", chunk.filename, "")
-            return self._receive_files(request, content, part, chunk.path)
+            return self._receive_files(request, content, _NO_PART, chunk)
         status = self._store.status(upload.key)
-        if status is None or not status.is_finished:
+        # A file in one chunk leaves no receipt: it was answered as complete.
+        is_one = content.given.get("qqtotalparts") == "1"
+        if not (status.is_finished if status else is_one):
             raise Conflict("This file is not complete; please send it again.")
-        return _success("complete", **_file_values(status.done) if status.done else {})
+        done = status.done if status else None
+        return _success("complete", **_file_values(done) if done else {})
 
     # Chunks
 
@@ -4683,15 +4747,16 @@ class Chunks:
         part = content.next_file()
         if part is None:
             raise content.no_file()
+        if not content.is_form:
+            part = part._replace(filename=below or part.filename)
         if content.dialect is None:
             content.require_marks()
-            path = "" if content.is_form else below
-            return self._receive_files(request, content, part, path)
+            return self._receive_files(request, content, part)
         chunk = content.chunk(part)
         if chunk.length < 0 and content.dialect.has_tests:
             raise Malformed("The number of the chunk is missing.")
         if chunk.length < 0:
-            return self._receive_files(request, content, part, chunk.path)
+            return self._receive_files(request, content, part, chunk)
         return self._receive_chunk(request, content, chunk)
 
     def _receive_chunk(
@@ -4731,16 +4796,23 @@ class Chunks:
     # Whole files
 
     def _receive_files(
-        self, request: Request, content: Content, part: Part | None, path: str
+        self,
+        request: Request,
+        content: Content,
+        part: Part | None,
+        said: Chunk | None = None,
     ) -> Response:
-        """Store each file of a body; what is refused does not cost the others."""
+        """Store each file of a body; what is refused does not cost the others.
+
+        Where a library has `said` its name and size, these hold.
+        """
         files: list[dict[str, object]] = []
         notes: list[str] = []
         refusal: FlowError | None = None
         while part:
-            name, began = path or part.filename or "", time.monotonic()
+            name, began = said.path if said else part.filename or "", time.monotonic()
             try:
-                progress = self._receive_file(request, content, name)
+                progress = self._receive_file(request, content, name, said)
                 if progress and progress.done:
                     files.append({"name": name, **_file_values(progress.done)})
                     notes.append(self._intake.note(progress, time.monotonic() - began))
@@ -4751,8 +4823,6 @@ class Chunks:
                 files.append({"name": name, "error": str(error)})
                 if content.rest > self._intake.drain_size:  # too much to read on
                     break
-                for _ in content.blocks():
-                    pass
             part = content.next_file()
         if not files:
             raise content.no_file()
@@ -4760,7 +4830,7 @@ class Chunks:
         return response._replace(note="; ".join(filter(None, notes)))
 
     def _receive_file(
-        self, request: Request, content: Content, name: str
+        self, request: Request, content: Content, name: str, said: Chunk | None
     ) -> Progress | None:
         """Store one file; None when a form's field for files was left empty."""
         fields = content.other_fields() if self._intake.tells else {}
@@ -4769,6 +4839,7 @@ class Chunks:
             self._intake.check_size("file", at_most)
             _require_name(name)
         chunk = Chunk(secrets.token_hex(16), name, name, -1, 0, -1, is_random=True)
+        upload = self._intake.upload(request, chunk)
         with self._store.receive_whole(at_most) as body:
             for block in content.blocks():
                 self._intake.check_size("file", body.size + len(block))
@@ -4776,8 +4847,10 @@ class Chunks:
             if not name and not body.size:
                 return None
             _require_name(name)
-            upload = self._intake.upload(request, chunk)._replace(size=body.size)
-            return body.commit(self._intake.placed(upload, fields), fields)
+            if said and said.size >= 0:
+                _require_length("file", body.size, said.size)
+            upload = self._intake.placed(upload._replace(size=body.size), fields)
+            return body.commit(upload, fields)
 
     def _answer_files(
         self,
@@ -4788,7 +4861,7 @@ class Chunks:
     ) -> Response:
         """Say what became of each file; the status is that of the first refusal."""
         if "filepond" in content.given and not refusal:  # wants an id, and no JSON
-            return text_response(200, f"finished-{secrets.token_hex(16)}")
+            return text_response(200, _FINISHED + secrets.token_hex(16))
         status = refusal.status if refusal else 200
         if request.is_navigation:
             return files_page(status, files)
@@ -4801,6 +4874,7 @@ class Chunks:
 
 
 _NO_PART = Part("", "", "")
+_FINISHED = "finished-"  # begins the identifiers that FilePond gets for whole files
 
 
 # ---- tus -----------------------------------------------------------------------------
@@ -4879,7 +4953,7 @@ class Tus:
             self._intake.cancelled(request, upload.key)
             return Response(204, (), b"")
         if method == "DELETE":
-            raise Forbidden("A finished file can't be removed here.")
+            raise Forbidden(_STAYS)
         raise BadMethod("An upload is sent with PATCH.")
 
     def _upload(self, request: Request, identifier: str, name: str = "") -> Upload:
@@ -4901,18 +4975,26 @@ class Tus:
         upload = self._upload(request, identifier, name)._replace(size=size)
         upload = self._intake.placed(upload, fields)._replace(fields=fields)
         note = self._intake.note(self._store.open(upload), 0.0)
-        place = f"{request.base}/{identifier}" if request.base else identifier
+        base = request.base
+        if base is None:
+            base = urllib.parse.quote(request.path.rpartition("/")[2])
+        place = f"{base}/{identifier}" if base else identifier
         answer = (("Location", place), *self._expires())
         if headers.get("content-type") == _TUS_BODY and request.length > 0:
-            offset, note = self._receive(request, upload, 0, content)
+            try:
+                offset, note = self._receive(request, upload, 0, content)
+            except FlowError:  # nobody will be told where it lives
+                self._store.forget(upload.key)
+                raise
             answer += (("Upload-Offset", str(offset)),)
-        return Response(201, answer, b"", note)
+        return text_response(201, "").with_headers(*answer)._replace(note=note)
 
     def _head(self, status: Status) -> Response:
-        offset, size = _offset_of(status), status.upload.size
-        headers = (("Upload-Offset", str(offset)), ("Upload-Length", str(size)))
-        no_store = ("Cache-Control", "no-store")
-        return Response(200, (*headers, no_store, *self._expires()), b"")
+        offset, upload = _offset_of(status), status.upload
+        numbers = (("Upload-Offset", str(offset)), ("Upload-Length", str(upload.size)))
+        metadata = (("Upload-Metadata", format_metadata(upload.fields)),)
+        headers = (*numbers, *(metadata if upload.fields else ()), *self._expires())
+        return text_response(200, "").with_headers(*headers)
 
     def _patch(self, request: Request, status: Status, content: Content) -> Response:
         if request.headers.get("content-type") != _TUS_BODY:
@@ -5003,12 +5085,20 @@ def parse_metadata(text: str) -> dict[str, str]:
     for pair in filter(None, map(str.strip, text.split(","))):
         name, _, value = pair.partition(" ")
         try:
-            fields[name] = base64.b64decode(value, validate=True).decode("utf-8")
+            name.encode("ascii")
+            value = base64.b64decode(value, validate=True).decode("utf-8")
         except ValueError as error:
             raise Malformed(
                 f"The metadata {quoted(name[:80])} can't be read."
             ) from error
+        add_parameter(fields, name, value)
     return fields
+
+
+def format_metadata(fields: Mapping[str, str]) -> str:
+    """Return what parse_metadata() reads."""
+    pairs = ((name, base64.b64encode(fields[name].encode())) for name in fields)
+    return ",".join(f"{name} {text.decode()}" for name, text in pairs)
 
 
 # ---- FilePond ------------------------------------------------------------------------
@@ -5037,7 +5127,7 @@ class FilePond:
 
     def respond(self, request: Request, below: str, content: Content) -> Response:
         """Answer a request at the upload address."""
-        if request.method == "POST":
+        if request.method == "POST" and "upload-length" in request.headers:
             return self._begin(request, content)
         if request.method == "DELETE":
             return self._delete(request, content)
@@ -5071,34 +5161,52 @@ class FilePond:
             name = name.encode("latin-1").decode("utf-8")
         except ValueError as error:
             raise Malformed("Upload-Name is not UTF-8.") from error
+        _require_name(name)
         began, headers = time.monotonic(), request.headers
         upload = self._upload(request, content.given["patch"], name)
         start = parse_integer(headers.get("upload-offset", ""), "Upload-Offset")
-        end = start + max(request.length, 0)
+        end = start + request.length
+        self._check(request, upload)
         if start == end == upload.size > 0:  # after the last chunk comes an empty one
             status = self._store.status(upload.key)
-            if status and not status.is_finished:
+            if status is None or not status.is_finished:
                 raise Conflict("This file is not complete; please send it again.")
             return text_response(200, str(end))
-        self._intake.check_size("chunk", end - start)
         fields = content.other_fields()
-        upload = self._intake.placed(upload, fields)
+        upload = self._intake.placed(upload, fields)._replace(fields=fields)
+        note = ""
+        if start == 0 and min(1, upload.size) <= end <= upload.size:
+            # So that a file in one piece leaves a receipt, too: DELETE asks for it.
+            note = self._intake.note(self._store.open(upload), 0.0)
         content.next_file()
         with self._store.receive(upload, start, end, is_in_order=True) as body:
             for block in content.blocks():
                 body.write(block)
             progress = body.commit(fields)
-        note = self._intake.note(progress, time.monotonic() - began)
+        note = note or self._intake.note(progress, time.monotonic() - began)
         return text_response(200, str(end))._replace(note=note)
 
+    def _check(self, request: Request, upload: Upload) -> None:
+        if request.length < 0:
+            raise LengthRequired("The request must say how long its body is.")
+        said = request.headers.get("upload-length", str(upload.size))
+        if said != str(upload.size):
+            raise Malformed(f"The file has {upload.size} bytes, not {said[:40]}.")
+        self._intake.check_size("chunk", request.length)
+        self._intake.check_size("file", upload.size)
+
     def _delete(self, request: Request, content: Content) -> Response:
+        if request.length > 200:
+            raise Missing("There is no such upload.")
         content.next_file()
         text = b"".join(bytes(block) for block in content.blocks())
-        identifier = text[:200].decode("ascii", "replace")
+        identifier = text.decode("ascii", "replace")
+        if identifier.startswith(_FINISHED):
+            raise Forbidden(_STAYS)
         key = self._upload(request, identifier).key
         status = self._store.status(key)
         if status and status.is_finished:
-            raise Forbidden("A finished file can't be removed here.")
+            raise Forbidden(_STAYS)
         self._intake.cancelled(request, key)
         return _NO_CONTENT
 
@@ -5301,7 +5409,7 @@ class UploadApp:
         self, request: Request, response: Response, seconds: float
     ) -> None:
         if self.log.isEnabledFor(logging.INFO):
-            refusal = response.body.decode() if response.status >= 400 else ""
+            refusal = escaped(response.body.decode()) if response.status >= 400 else ""
             what = " ".join(filter(None, ("", response.note, refusal)))
             self.log.info(
                 "%s %s %s %d %d bytes %.3f s%s",
@@ -5337,10 +5445,10 @@ class UploadApp:
         if request.path.startswith(address + "/"):
             return request
         last = request.path.rpartition("/")[2]
-        below = request.path if request.mount else "/" + last
-        is_id = bool(re.fullmatch("[0-9a-f]{32}", last))
-        is_below = is_id or (request.mount and request.method != "POST" and last)
-        return request._replace(path=address + (below if is_below else ""))
+        below = "/" + last if re.fullmatch("[0-9a-f-]{32,36}", last) else ""
+        if request.mount and request.method == "PUT":
+            below = request.path
+        return request._replace(path=address + below)
 
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]

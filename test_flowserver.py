@@ -273,6 +273,107 @@ def send_file(where: Any, name: str, data: bytes, **how: Any) -> List[Answer]:
     ]
 
 
+UUID = "0f1e2d3c-4b5a-4678-8796-a5b4c3d2e1f0"
+
+
+def form(
+    fields: Mapping[str, str],
+    *files: Tuple[str, str, bytes],
+    path: str = "/upload",
+    headers: Mapping[str, str] = {},
+) -> Message:
+    """Return what a browser posts: fields, then files, each (field, file name, bytes).
+
+    As browsers write it, only a quote is escaped.
+    """
+    parts = [
+        f'; name="{name}"; filename="{filename}"\r\n'.encode()
+        + b"Content-Type: application/octet-stream\r\n\r\n"
+        + data
+        for name, filename, data in files
+    ]
+    begin = f"--{BOUNDARY}\r\nContent-Disposition: form-data".encode()
+    body = multipart(fields, None)[: -len(BOUNDARY) - 6]
+    body += b"".join(begin + part + b"\r\n" for part in parts)
+    kind = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+    body += f"--{BOUNDARY}--\r\n".encode()
+    return Message("POST", path, body, {**kind, **headers})
+
+
+def parameters_of(
+    library: str, name: str, data: bytes, index: int, size: int
+) -> Dict[str, object]:
+    """Return what a library says of a chunk; what has a dash goes into the head."""
+    start = index * size
+    end, count = min(start + size, len(data)), max(-(-len(data) // size), 1)
+    flow = flow_parameters(name, data, index + 1, size, True, "")
+    folder, _, filename = name.rpartition("/")
+    said: Dict[str, Dict[str, object]] = {
+        "flow.js": {"flow" + word: text for word, text in flow.items()},
+        "resumable.js": {"resumable" + word: text for word, text in flow.items()},
+        "simple-uploader.js": {w[0].lower() + w[1:]: text for w, text in flow.items()},
+        "Dropzone": {
+            "dzuuid": hashlib.sha1(name.encode()).hexdigest()[:32],
+            "dzchunkindex": index,
+            "dztotalfilesize": len(data),
+            "dzchunksize": size,
+            "dztotalchunkcount": count,
+            "dzchunkbyteoffset": start,
+        },
+        "Fine Uploader": {
+            "qqpartindex": index,
+            "qqpartbyteoffset": start,
+            "qqchunksize": end - start,
+            "qqtotalparts": count,
+            "qqtotalfilesize": len(data),
+            "qqfilename": filename,
+            "qquuid": UUID,
+            "qqpath": folder + "/" if folder else None,
+        },
+        "Plupload": {"name": name, "offset": start, "total": len(data)},
+        "Content-Range": {
+            "Content-Range": f"bytes {start}-{end - 1}/{len(data)}",
+            "Content-Disposition": f'attachment; filename="{encoded(name)}"',
+        },
+    }
+    return said[library]
+
+
+def encoded(text: str) -> str:
+    """Return what encodeURI() makes of it."""
+    return urllib.parse.quote(text, safe=";,/?:@&=+$-_.!~*'()#")
+
+
+def chunk_of(
+    library: str,
+    name: str,
+    data: bytes,
+    index: int = 0,
+    size: int = 10,
+    mode: str = "multipart",
+    sent: Optional[bytes] = None,
+    **changes: object,
+) -> Message:
+    """Return a chunk as a library sends it; None drops one of the things it says.
+
+    `mode` is multipart, address (parameters there, the chunk in a form) or raw; `sent`
+    are other bytes than those that the parameters speak of.
+    """
+    said = {**parameters_of(library, name, data, index, size), **changes}
+    texts = {word: str(text) for word, text in said.items() if text is not None}
+    fields = {word: text for word, text in texts.items() if "-" not in word}
+    headers = {word: text for word, text in texts.items() if "-" in word}
+    body = data[index * size : (index + 1) * size] if sent is None else sent
+    blob = "blob" if library in ("Fine Uploader", "Plupload") else name
+    path = "/upload"
+    if mode != "multipart":
+        path, fields = path + "?" + urllib.parse.urlencode(fields), {}
+    if mode == "raw":
+        kind = {"Content-Type": "application/octet-stream"}
+        return Message("POST", path, body, {**kind, **headers})
+    return form(fields, ("file", blob, body), path=path, headers=headers)
+
+
 class RawClient:
     """A client that says exactly what it is told, byte for byte."""
 
@@ -1421,6 +1522,7 @@ DIALECTS = {dialect.name: dialect for dialect in flowserver.DIALECTS}
 GIVES_UP = {
     "flow.js": {404, 413, 415, 500, 501},
     "resumable.js": {400, 404, 415, 500, 501},
+    "simple-uploader.js": {404, 415, 500, 501},
 }
 NO_INTEGERS = (
     "+1",
@@ -1638,6 +1740,156 @@ class DialectTest(unittest.TestCase):
         for name, status in cases.items():
             with self.subTest(name):
                 self.assertEqual(getattr(flowserver, name).status, status)
+
+
+LIBRARIES = tuple(DIALECTS)[:-1] + ("Plupload",)
+
+
+def understood(
+    library: str, index: int = 0, name: str = "d/a.bin", size: int = 10, **changes: Any
+) -> Tuple[str, Any]:
+    """Return whose parameters a library's are, and what they mean of 25 bytes."""
+    data = noise(25)
+    said = {**parameters_of(library, name, data, index, size), **changes}
+    texts = {word: str(text) for word, text in said.items() if text is not None}
+    heads = {word.lower(): text for word, text in texts.items()}
+    texts.update(flowserver.range_parameters(heads))
+    row = flowserver.recognise(texts)
+    assert row is not None
+    rest = len(data[index * size : (index + 1) * size])
+    return row.name, flowserver.parse_chunk(row, texts, name, rest)
+
+
+class LibraryTest(unittest.TestCase):
+    """The row of each library that is not like flow.js's."""
+
+    def test_chunk_of_each_library_lies_where_it_was_cut(self) -> None:
+        for library, index in itertools.product(LIBRARIES, range(3)):
+            with self.subTest(library, index=index):
+                name, chunk = understood(library, index)
+                self.assertEqual(name, library)
+                lies = (chunk.start, chunk.length, chunk.size)
+                self.assertEqual(lies, (10 * index, 5 if index == 2 else 10, 25))
+                self.assertIn(chunk.path, ("d/a.bin", "d//a.bin"))
+
+    def test_first_row_wins_whose_marks_are_there(self) -> None:
+        said = {name: parameters_of(name, "a", bytes(9), 0, 9) for name in LIBRARIES}
+        for first, second in itertools.combinations(LIBRARIES, 2):
+            with self.subTest(first, second=second):
+                row = flowserver.recognise({**said[second], **said[first]})
+                self.assertEqual(row and row.name, first)
+
+    def test_words_that_any_form_may_have_are_no_marks(self) -> None:
+        words = "name identifier filename relativePath total totalSize file chunk"
+        for word in words.split():
+            self.assertIsNone(flowserver.recognise({word: "1"}))
+
+    def test_identifier_that_a_library_drew_is_a_secret(self) -> None:
+        drawn = ("Dropzone", "Fine Uploader")
+        for library in LIBRARIES:
+            chunk = understood(library)[1]
+            self.assertIs(chunk.is_secret, library in drawn, library)
+            self.assertIs(chunk.is_random, library in drawn, library)
+
+    def test_identifier_that_a_program_gave_in_its_place_is_none(self) -> None:
+        """dzuuid=1 may be anybody's."""
+        for identifier in ("1", "17-a.bin", "x" * 40):
+            chunk = understood("Dropzone", dzuuid=identifier)[1]
+            self.assertIs(chunk.is_secret, False, identifier)
+
+    def test_image_that_dropzone_made_smaller_has_the_size_that_came(self) -> None:
+        said = {"dztotalfilesize": 2500, "dztotalchunkcount": 1, "dzchunksize": 100}
+        chunk = understood("Dropzone", size=100, **said)[1]
+        self.assertEqual((chunk.start, chunk.length, chunk.size), (0, 25, 25))
+
+    def test_image_that_dropzone_made_smaller_in_chunks_is_refused(self) -> None:
+        """Else each chunk would be taken, and the file would never be complete."""
+        for total in (26, 29, 30, 39):
+            with self.assertRaises(flowserver.Malformed):
+                understood("Dropzone", 2, dztotalfilesize=total)
+        said = {"dztotalfilesize": 25, "dztotalchunkcount": 2}  # of 20 bytes
+        understood("Dropzone", 0, **said)
+        with self.assertRaisesRegex(flowserver.Malformed, "Chunk 2 of 2"):
+            understood("Dropzone", 1, **said)
+
+    def test_fine_uploader_without_an_index_sends_all_of_a_file(self) -> None:
+        parts = ("qqpartindex", "qqpartbyteoffset", "qqchunksize", "qqtotalparts")
+        whole: Dict[str, None] = dict.fromkeys(parts)
+        chunk = understood("Fine Uploader", **whole)[1]
+        self.assertEqual((chunk.length, chunk.size, chunk.path), (-1, 25, "d//a.bin"))
+        raw = understood("Fine Uploader", qqtotalfilesize=None, **whole)[1]
+        self.assertEqual((raw.length, raw.size), (-1, -1))
+
+    def test_chunk_that_lost_its_index_is_not_all_of_a_file(self) -> None:
+        for library, index in (
+            ("Dropzone", "dzchunkindex"),
+            ("Fine Uploader", "qqpartindex"),
+        ):
+            for text in (None, ""):
+                with self.assertRaisesRegex(flowserver.Malformed, index):
+                    understood(library, 1, **{index: text})
+
+    def test_plupload_with_chunk_numbers_is_told_what_to_set(self) -> None:
+        for chunk, chunks in (("0", "3"), ("1", "3"), ("0", "x"), ("1", "1")):
+            said = {"name": "a", "chunk": chunk, "chunks": chunks}
+            with self.assertRaisesRegex(flowserver.Malformed, "send_chunk_number"):
+                meaning(said)
+        for chunks in ("0", "1"):  # all of the file
+            said = {"name": "a", "chunk": "0", "chunks": chunks}
+            self.assertEqual(meaning(said).length, -1)
+
+    def test_chunk_whose_mark_is_missing_is_known_by_its_other_names(self) -> None:
+        marks = {
+            **{name: min(DIALECTS[name].marks) for name in LIBRARIES[:4]},
+            "simple-uploader.js": "chunkNumber",
+        }
+        for library, mark in marks.items():
+            said = parameters_of(library, "a", bytes(9), 0, 9)
+            del said[mark]
+            with self.subTest(library), self.assertRaisesRegex(
+                flowserver.Malformed, f"of {library}, but {mark} is missing"
+            ):
+                flowserver.require_marks(said, flowserver.DIALECTS)
+        for word in ("chunk", "chunks", "offset"):
+            with self.assertRaisesRegex(flowserver.Malformed, "of Plupload"):
+                flowserver.require_marks([word, "name"], flowserver.DIALECTS)
+        plain = ("name", "identifier", "filename", "relativePath", "total", "file")
+        flowserver.require_marks(plain, flowserver.DIALECTS)
+
+    def test_content_range_is_read_strictly(self) -> None:
+        for text in (
+            "bytes 0-9/*",
+            "bytes */25",
+            "bytes=0-9/25",
+            "items 0-9/25",
+            "bytes 0-9",
+            "bytes 0-9/25, bytes 10-19/25",
+            "bytes -9/25",
+            "bytes 0 - 9/25",
+            "bytes +0-9/25",
+            "bytes 0-9/" + "1" * 16,
+            "bytes 0-\u0669/25",
+            "bytes  0-9/25",
+            "",
+        ):
+            with self.subTest(text), self.assertRaises(flowserver.Malformed):
+                flowserver.range_parameters({"content-range": text})
+
+    def test_parameter_without_a_name_is_nobodys(self) -> None:
+        """ "" stands in a row for what a library does not say."""
+        for library in ("Dropzone", "Plupload", "Content-Range"):
+            self.assertEqual(understood(library, **{"": "x"})[1].path, "d/a.bin")
+
+    def test_name_in_the_head_is_read_as_blueimp_writes_it(self) -> None:
+        for text, name in (
+            ('attachment; filename="a%20b%C3%A4%25;.bin"', "a b\u00e4%;.bin"),
+            ('attachment; filename="d/a.bin"', "d/a.bin"),
+            ("attachment", ""),
+            ("inline; filename=a.bin", "a.bin"),
+        ):
+            head = {"content-disposition": text}
+            self.assertEqual(flowserver.disposition_name(head), name)
+        self.assertEqual(flowserver.disposition_name({}), "")
 
 
 class NameTest(unittest.TestCase):
@@ -2537,6 +2789,16 @@ class StoreTest(StoreCase):
         self.assertEqual(self.sizes(""), [])
         self.assertEqual(self.store.open_uploads, 0)
 
+    def test_body_that_may_not_begin_leaves_nothing(self) -> None:
+        store = self.open(min_free_space=1, max_uploads=1)
+        with self.assertRaises(flowserver.Conflict):  # what comes before is missing
+            store.receive(upload_of(self.data), 300, 600, is_in_order=True)
+        with mock.patch.object(store.disk, "free_space", return_value=800):
+            with self.assertRaises(flowserver.TooLarge):
+                store.receive(upload_of(self.data), 0, 300)
+        self.assertEqual((self.state(".data"), self.sizes("")), ([], []))
+        self.assertEqual(store.open_uploads, 0)
+
     def test_body_that_broke_off_costs_the_others_nothing(self) -> None:
         bodies = [
             self.store.receive(upload_of(self.data), a, b) for a, b in thirds(900)
@@ -2830,6 +3092,41 @@ class StoreTest(StoreCase):
             self.assertEqual(body.commit().done.path, self.store.upload_dir + "/a.bin")
         self.assertEqual(self.files(), {"a.bin": self.data})
 
+    def test_opened_upload_is_counted_before_its_first_byte(self) -> None:
+        store = self.open(max_uploads=1)
+        store.open(upload_of(self.data))
+        store.count()
+        with self.assertRaises(flowserver.TooLarge):
+            store.open(upload_of(self.data, "b.bin"))
+        store.forget(upload_of(self.data).key)
+        store.count()
+        self.assertEqual((store.open_uploads, self.sizes("")), (0, []))
+
+    def test_count_is_right_while_uploads_begin(self) -> None:
+        for sweeps in (True, False):
+            limit = 20 + 20 * sweeps
+            store = self.open(max_uploads=limit)
+            names = iter([f"{sweeps}{n}" for n in range(200)])
+
+            def begin(names: Any = names, store: Any = store) -> None:
+                for name in names:
+                    with contextlib.suppress(flowserver.TooLarge):
+                        put(store, self.data, 0, 300, name)
+
+            threads = [threading.Thread(target=begin) for _ in "123"]
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                store.sweep(1e9, 1e9) if sweeps else store.count()
+            self.assertEqual(store.open_uploads, limit)
+            self.assertEqual(len(self.state(".data")), limit)
+            shutil.rmtree(store.state_dir)
+
+    def test_opened_upload_of_no_bytes_leaves_a_receipt(self) -> None:
+        self.store.open(upload_of(b""))
+        status = self.store.status(upload_of(b"").key)
+        self.assertTrue(status and status.is_finished)
+
     def test_opened_upload_of_no_bytes_is_finished(self) -> None:
         progress = self.store.open(upload_of(b"", identifier="flowserver-x"))
         self.assertEqual(progress.done.size, 0)
@@ -2881,7 +3178,7 @@ class StoreTest(StoreCase):
         self.assertEqual([n for n in names if n.startswith(("key", "0-1"))], [])
         with mock.patch.object(store.disk, "lock", side_effect=OSError(5, "bad")):
             store.sweep(1e9, 1e9)
-        self.assertEqual((len(told), store.open_uploads), (1, 0))
+        self.assertEqual((len(told), store.open_uploads), (1, 1))
 
     def test_receipts_end_and_files_stay(self) -> None:
         for low, high in thirds(900):
@@ -3244,7 +3541,1885 @@ class Race:
             self.problems.append(f"left: {leftovers(server)}")
 
 
+# ---- chunks and forms ----------------------------------------------------------------
+
+MODES = {
+    name: ("multipart",) if name == "Dropzone" else ("multipart", "address", "raw")
+    for name in LIBRARIES
+}
+DONE = {
+    "urlencoded": ("application/x-www-form-urlencoded", urllib.parse.urlencode),
+    "JSON": ("application/json; charset=utf-8", json.dumps),
+}
+NO_NUMBERS = ("-1", "+1", "1e3", "9" * 16, "\u0663", "x", "1.0", " 1")
+
+
+def hostile_numbers(library: str) -> Iterator[Dict[str, Any]]:
+    """Yield what a chunk from 20 to 25 of 25 bytes may say wrongly of them."""
+    said = parameters_of(library, "a", noise(25), 2, 10)
+    is_head = library == "Content-Range"
+    row = flowserver.recognise({**said, "Content-Range": ""} if is_head else said)
+    assert row is not None
+    wrong: Dict[str, Tuple[object, ...]] = {
+        row.number: (0, 1, row.first + 1, row.first + 3, 9, None, ""),
+        row.total: (0, 9, 24, 26, 100, None, ""),
+        row.start: (0, None) * bool(row.number) + (21, 25, 10**14, ""),
+        row.nominal: (0, 9, 11, 1000, None, ""),
+        row.length: (0, 4, 6, None, ""),
+        row.chunks: (0, 1, 2, 4, 100),
+    }
+    for name in filter(None, wrong):
+        if not is_head:
+            yield from ({name: text} for text in wrong[name] + NO_NUMBERS)
+    for text in ("20-24/24", "20-23/25", "24-20/25", "20-25/25", "20-24/*", "*/25"):
+        if is_head:
+            yield {"Content-Range": "bytes " + text}
+    for size in (0, 4, 6, 300 * KIB):
+        if size != 4 or library != "Plupload":  # which does not say how many
+            yield {"sent": noise(size)}
+
+
+class EveryLibraryTest(unittest.TestCase):
+    """Chunks of all libraries: taken as they are sent, or refused and forgotten."""
+
+    def test_file_arrives_in_every_mode(self) -> None:
+        for library in LIBRARIES:
+            for mode in MODES[library]:
+                with self.subTest(library, mode=mode), application() as app:
+                    name, data = "d/a b+\u00fc%.bin", noise(25)
+                    for index in (0, 1, 2):
+                        sent = chunk_of(library, name, data, index, mode=mode)
+                        answer = send(app, *sent)
+                        self.assertEqual(answer.status, 200, answer.body)
+                        again = send(app, *sent)  # the first answer was lost
+                        self.assertEqual(again.json, answer.json)
+                    self.assertEqual(answer.json["status"], "complete")
+                    self.assertEqual(finished_files(app), {name: data})
+                    self.assertEqual(leftovers(app), {})
+
+    def test_file_of_one_chunk_and_of_none_arrives(self) -> None:
+        for library, size in itertools.product(LIBRARIES, (0, 1, 10)):
+            if size or library not in ("Fine Uploader", "Content-Range"):
+                with self.subTest(library, size=size), application() as app:
+                    answer = send(app, *chunk_of(library, "a", noise(size)))
+                    self.assertEqual(answer.json.get("status"), "complete")
+                    self.assertEqual(finished_files(app), {"a": noise(size)})
+
+    def test_chunks_of_a_library_that_says_where_they_lie_come_in_any_order(
+        self,
+    ) -> None:
+        for library in LIBRARIES:
+            is_in_order = library in ("Plupload", "Content-Range")
+            with self.subTest(library), application() as app:
+                sent = [chunk_of(library, "a", noise(25), n) for n in (2, 0, 1)]
+                statuses = [send(app, *message).status for message in sent]
+                self.assertEqual(statuses[0], 409 if is_in_order else 200)
+                self.assertEqual("a" in finished_files(app), not is_in_order)
+
+    def test_chunk_that_contradicts_itself_leaves_nothing(self) -> None:
+        for library in LIBRARIES:
+            with self.subTest(library), application() as app:
+                for index in (0, 1):
+                    send(app, *chunk_of(library, "a", noise(25), index))
+                before = set(leftovers(app))
+                for wrong in hostile_numbers(library):
+                    for mode in MODES[library]:
+                        message = chunk_of(
+                            library, "a", noise(25), 2, 10, mode, **wrong
+                        )
+                        self.check_refused(app, message, (mode, wrong))
+                        self.assertEqual(set(leftovers(app)), before, (mode, wrong))
+                answer = send(app, *chunk_of(library, "a", noise(25), 2))
+                self.assertEqual(answer.json["status"], "complete")
+                self.assertEqual(finished_files(app), {"a": noise(25)})
+
+    def check_refused(self, app: UploadApp, message: Message, what: Any) -> None:
+        answer = send(app, *message)
+        self.assertIn(answer.status, range(400, 500), what)
+        self.assertRegex(answer.json["error"], r"\A[^\n]+\.\Z", what)
+
+    def test_name_that_leads_outside_or_nowhere_is_refused(self) -> None:
+        wrong = ("", "..", "../a", "d/../../a", "d\\..\\..\\a", ".", "d/", "a/..")
+        for library in LIBRARIES:
+            with application() as app:
+                for name, mode in itertools.product(wrong, MODES[library]):
+                    with self.subTest(library, name=name, mode=mode):
+                        message = chunk_of(library, name, noise(25), mode=mode)
+                        self.check_refused(app, message, mode)
+                self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+
+    def test_parameter_with_two_values_is_refused(self) -> None:
+        for library in set(LIBRARIES) - {"Content-Range"}:
+            with application() as app:
+                for name in parameters_of(library, "d/a", noise(25), 0, 10):
+                    with self.subTest(library, name=name):
+                        path = chunk_of(library, "d/a", noise(25), mode="address").path
+                        twice = form({name: "1x"}, ("file", "a", noise(10)), path=path)
+                        self.check_refused(app, twice, name)
+                self.assertEqual(leftovers(app), {})
+
+    def test_form_of_a_chunk_has_one_file_and_it_is_the_last(self) -> None:
+        file, more = ("file", "a", noise(10)), ("file", "b", b"x")
+        for library in LIBRARIES:
+            path = chunk_of(library, "a", noise(25), mode="address").path
+            said = parameters_of(library, "a", noise(25), 0, 10)
+            heads = {word: str(text) for word, text in said.items() if "-" in word}
+            with self.subTest(library), application() as app:
+                for files in ((), (file, more), (more, file)):
+                    message = form({}, *files, path=path, headers=heads)
+                    self.check_refused(app, message, files)
+                self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+
+    def test_chunk_of_a_known_library_is_never_taken_for_a_file(self) -> None:
+        for library in set(LIBRARIES) - {"Content-Range", "Plupload"}:
+            marks = DIALECTS[library].marks
+            for mark, mode in itertools.product(marks, MODES[library]):
+                message = chunk_of(library, "a", noise(25), 1, 10, mode, **{mark: None})
+                with self.subTest(library, mark=mark), application() as app:
+                    self.check_refused(app, message, mode)
+                    self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+        for said in ({"chunk": "1"}, {"chunks": "3"}, {"offset": "10"}):
+            message = form({"name": "a", **said}, ("file", "blob", noise(10)))
+            with self.subTest(said), application() as app:
+                self.check_refused(app, message, said)
+                self.assertEqual(finished_files(app), {})
+
+    def test_part_of_another_protocol_is_never_taken_for_a_file(self) -> None:
+        """A tus client whose Tus-Resumable a proxy has removed, say."""
+        for method, name in itertools.product(("POST", "PUT", "PATCH"), ("", "/abc")):
+            head = {
+                "Upload-Offset": "5",
+                "Content-Type": "application/offset+octet-stream",
+            }
+            with self.subTest(method), application() as app:
+                message = Message(method, "/upload" + name, noise(10), head)
+                self.check_refused(app, message, name)
+                self.assertEqual(finished_files(app), {})
+
+    def test_curl_goes_on_with_a_name_behind_the_address(self) -> None:
+        """``curl -T a.bin -C 10 .../upload/d/a.bin``"""
+        with application() as app:
+            for where in ("0-9/25", "10-24/25"):
+                low, high = map(int, re.findall("[0-9]+", where)[:2])
+                head = {"Content-Range": "bytes " + where}
+                sent = noise(25)[low : high + 1]
+                answer = send(app, "PUT", "/upload/d/a.bin", sent, head)
+                self.assertEqual(answer.status, 200, answer.body)
+            self.assertEqual(finished_files(app), {"d/a.bin": noise(25)})
+
+    def test_resized_image_in_one_chunk_arrives(self) -> None:
+        said = {"dztotalfilesize": 900, "dztotalchunkcount": 1}
+        with application() as app:
+            message = chunk_of("Dropzone", "a", noise(25), 0, 100, **said)
+            self.assertEqual(send(app, *message).json["size"], 25)
+            self.assertEqual(finished_files(app), {"a": noise(25)})
+
+    def test_strangers_with_an_identifier_that_a_program_set_do_not_meet(self) -> None:
+        with application() as app:
+            for index, seed in itertools.product((0, 1, 2), (1, 2)):
+                data, client = noise(25, seed), f"10.0.0.{seed}"
+                message = chunk_of("Dropzone", "a", data, index, dzuuid="1")
+                self.assertEqual(send(app, *message, client=client).status, 200)
+            self.assertEqual(
+                finished_files(app), {"a": noise(25, 1), "a (1)": noise(25, 2)}
+            )
+
+    def test_who_knows_a_drawn_identifier_goes_on_from_any_address(self) -> None:
+        for library in ("Dropzone", "Fine Uploader"):
+            with application() as app:
+                for index in (0, 1, 2):
+                    message = chunk_of(library, "a", noise(25), index)
+                    send(app, *message, client=f"10.0.0.{index}")
+                self.assertEqual(finished_files(app), {"a": noise(25)})
+
+    def test_refusal_is_told_with_the_status_that_ends_it(self) -> None:
+        for library in LIBRARIES:
+            with self.subTest(library), application(max_file_size=24) as app:
+                status = send(app, *chunk_of(library, "a", noise(25))).status
+                self.assertIn(status, GIVES_UP.get(library, range(400, 600)))
+
+
+class FineUploaderTest(unittest.TestCase):
+    """What Fine Uploader asks beside sending chunks."""
+
+    def setUp(self) -> None:
+        context = application()
+        self.app = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+
+    def give(self, *indexes: int, **how: Any) -> Answer:
+        for index in indexes:
+            answer = send(
+                self.app, *chunk_of("Fine Uploader", "a", noise(25), index, **how)
+            )
+        return answer
+
+    def end(self, kind: str = "JSON", **changes: object) -> Answer:
+        said = {"qquuid": UUID, "qqfilename": "a", "qqtotalfilesize": 25}
+        said.update({"qqtotalparts": 3, **changes})
+        head, write = DONE[kind]
+        return send(
+            self.app, "POST", "/upload", write(said).encode(), {"Content-Type": head}
+        )
+
+    def test_end_of_a_complete_file_is_a_success(self) -> None:
+        for kind in DONE:
+            self.give(2, 1, 0)
+            for _ in "12":
+                answer = self.end(kind, other=[1, {"a": None}])
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(answer.json["path"], "a")
+            self.assertIs(answer.json["success"], True)
+
+    def test_end_of_a_file_that_is_not_complete_is_an_error(self) -> None:
+        for kind in DONE:
+            self.assertEqual(self.end(kind).status, 409)
+            self.give(0, 2)
+            self.assertEqual(self.end(kind).status, 409)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_end_of_a_file_in_one_chunk_is_a_success(self) -> None:
+        """Its chunk was answered as complete; it leaves no receipt."""
+        self.give(0, size=25)
+        self.assertEqual(self.end(qqtotalparts=1).status, 200)
+
+    def test_end_is_all_that_is_sent_of_an_empty_file(self) -> None:
+        for kind in DONE:
+            for _ in "12":
+                answer = self.end(kind, qqtotalparts=0, qqtotalfilesize=0, qqpath="d/")
+                self.assertEqual(answer.json["path"], "d/a")
+        self.assertEqual(finished_files(self.app), {"d/a": b""})
+
+    def test_end_that_makes_no_sense_is_refused(self) -> None:
+        for changes in (
+            {"qqtotalparts": 0, "qqtotalfilesize": 25},
+            {"qqtotalparts": 0, "qqfilename": "../a"},
+            {"qqtotalparts": 0, "qqfilename": ""},
+            {"qquuid": ""},
+            {"qqtotalfilesize": "x"},
+        ):
+            with self.subTest(changes):
+                self.assertEqual(
+                    self.end(**{"qqtotalfilesize": 0, **changes}).status, 400
+                )
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_body_that_holds_no_parameters_is_refused(self) -> None:
+        for kind, body in (
+            ("application/json", b"[" * 60000),
+            ("application/json", b"[]"),
+            ("application/json", b"7"),
+            ("application/json", b"{"),
+            ("application/json", b"\xff"),
+            ("application/json", b"{}"),
+            ("application/json", b" " * 70000 + b"{}"),
+            ("application/x-www-form-urlencoded", b"a=1&a=2"),
+            ("application/x-www-form-urlencoded", b"a=%ff"),
+            ("application/x-www-form-urlencoded", b"a=1"),
+        ):
+            with self.subTest(kind, body=body[:9]):
+                answer = send(self.app, "POST", "/upload", body, {"Content-Type": kind})
+                self.assertEqual(answer.status, 400)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_resumed_upload_that_is_unknown_begins_anew(self) -> None:
+        reset = {"success": False, "reset": True}
+        for mode in MODES["Fine Uploader"]:
+            answer = self.give(1, mode=mode, qqresume="true")
+            self.assertEqual((answer.status, answer.json), (200, reset))
+            self.assertEqual(leftovers(self.app), {})
+        self.give(0)
+        self.assertIs(self.give(1, qqresume="true").json["success"], True)
+
+    def test_all_of_a_file_in_one_form_arrives(self) -> None:
+        said = {"qquuid": UUID, "qqfilename": "b", "qqtotalfilesize": "25"}
+        answer = send(self.app, *form(said, ("qqfile", "a", noise(25))))
+        self.assertEqual((answer.status, answer.json["path"]), (200, "b"))
+        query = urllib.parse.urlencode(
+            {"qquuid": UUID, "qqfilename": "c d", "qqfile": "c d"}
+        )
+        kind = {"Content-Type": "application/octet-stream"}
+        send(self.app, "POST", "/upload?" + query, noise(25), kind)
+        self.assertEqual(set(finished_files(self.app)), {"b", "c d"})
+
+    def test_file_of_another_size_than_it_says_is_refused(self) -> None:
+        for size in ("24", "26", "x"):
+            said = {"qquuid": UUID, "qqfilename": "b", "qqtotalfilesize": size}
+            answer = send(self.app, *form(said, ("qqfile", "a", noise(25))))
+            self.assertEqual(answer.status, 400)
+        self.assertEqual((finished_files(self.app), leftovers(self.app)), ({}, {}))
+
+    def delete(self, how: str) -> int:
+        if how == "DELETE":
+            return send(self.app, "DELETE", f"/upload/{UUID}?more=1").status
+        said = urllib.parse.urlencode({"_method": "DELETE", "qquuid": UUID}).encode()
+        return send(
+            self.app, "POST", "/upload", said, {"Content-Type": DONE[how][0]}
+        ).status
+
+    def test_unfinished_upload_is_forgotten_and_a_file_stays(self) -> None:
+        for how in ("DELETE", "urlencoded"):
+            self.assertEqual(self.delete(how), 404)
+            self.give(0)
+            self.assertEqual((self.delete(how), leftovers(self.app)), (204, {}))
+            self.give(0, 1, 2)
+            self.assertEqual(self.delete(how), 403)
+            self.assertEqual(finished_files(self.app), {"a": noise(25)})
+            self.app.sweep()
+            os.unlink(os.path.join(self.app.store.upload_dir, "a"))
+            shutil.rmtree(self.app.store.state_dir)
+            os.mkdir(self.app.store.state_dir)
+
+    def test_file_that_is_not_known_any_more_is_not_told_to_be_gone(self) -> None:
+        """Fine Uploader asks for it when a file is stored, and would show it gone."""
+        self.give(0, size=25)
+        for how in ("DELETE", "urlencoded"):
+            self.assertIn(self.delete(how), range(400, 500))
+        self.assertEqual(list(finished_files(self.app)), ["a"])
+
+
+def cut(message: Message, size: int, client: str = "::1") -> Request:
+    """Return the request of a message whose body breaks off."""
+    return prepared(message, io.BytesIO(message.body[:size]).read)
+
+
+class WholeFileTest(unittest.TestCase):
+    """Forms and PUT: each file is stored whole, or nothing of it."""
+
+    PAGE = {"Accept": "text/html,application/xhtml+xml", "Sec-Fetch-Mode": "navigate"}
+
+    def test_files_of_a_form_are_stored_under_their_names(self) -> None:
+        files = {"a": noise(25), "d/e.txt": b"", "\u65e5 \u00fc%20.bin": noise(3)}
+        with application() as app:
+            sent = (("files[]", name, data) for name, data in files.items())
+            answer = send(app, *form({}, *sent))
+            self.assertEqual((answer.status, answer.json["success"]), (200, True))
+            self.assertEqual([f["path"] for f in answer.json["files"]], list(files))
+            self.assertEqual(finished_files(app), files)
+
+    def test_answer_for_one_file_has_the_usual_keys(self) -> None:
+        with application() as app:
+            answer = send(app, *form({}, ("f", "a", b"x"))).json
+            one = {"name": "a", "filename": "a", "path": "a", "size": 1}
+            whole = {"success": True, "status": "complete", "files": [one]}
+            self.assertEqual(answer, {**one, **whole})
+
+    def test_field_for_files_that_was_left_empty_is_no_file(self) -> None:
+        empty = ("f", "", b"")
+        with application() as app:
+            answer = send(app, *form({"a": "b"}, empty, ("f", "a", b"x"), empty))
+            self.assertEqual([f["name"] for f in answer.json["files"]], ["a"])
+            for message in (form({"a": "b"}, empty, empty), form({"a": "b"}), form({})):
+                answer = send(app, *message)
+                self.assertEqual(answer.status, 400)
+                self.assertIn("no file", answer.json["error"])
+
+    def test_refused_file_costs_the_others_nothing(self) -> None:
+        files = [("f", f"{n}", noise(n)) for n in range(100)]
+        wrong = {
+            "name": ("f", "../x", noise(60), 400),
+            "no name": ("f", "", noise(60), 400),
+            "size": ("f", "x", noise(101), 413),
+            "empty and wrong": ("f", "..", b"", 400),
+            "folder": ("f", "7/x", noise(60), 409),
+        }
+        for place, (what, (*one, status)) in zip((50, 0, 99, 100, 8), wrong.items()):
+            sent = files[:place] + [tuple(one)] + files[place:]
+            with self.subTest(what, place=place), application(max_file_size=100) as app:
+                answer = send(app, *form({}, *sent))
+                self.assertEqual(answer.status, status)
+                said = answer.json["files"]
+                self.assertEqual([f["name"] for f in said], [f[1] for f in sent])
+                self.assertEqual(
+                    [n for n, f in enumerate(said) if "error" in f], [place]
+                )
+                self.assertEqual(answer.json["error"], said[place]["error"])
+                kept = {name: data for _, name, data in files}
+                self.assertEqual(finished_files(app), kept)
+                self.assertEqual(leftovers(app), {})
+
+    def test_two_refusals_have_the_status_of_the_first(self) -> None:
+        with application(max_file_size=5) as app:
+            for names, status in ((("x", ".."), 413), (("..", "x"), 400)):
+                sent = (("f", name, noise(6)) for name in names)
+                answer = send(app, *form({}, *sent, ("f", "a", b"y")))
+                self.assertEqual(answer.status, status)
+                self.assertEqual(len(answer.json["files"]), 3)
+            self.assertEqual(finished_files(app), {"a": b"y"})
+
+    def test_file_is_refused_while_it_comes_and_is_not_read_on_for_ever(self) -> None:
+        size = 1 << 40
+        start = form({}, ("f", "a", b""))
+        body = start.body[: -len(BOUNDARY) - 8]
+        blocks, read = itertools.chain([body], itertools.repeat(bytes(MIB))), []
+
+        def endless(most: int) -> bytes:
+            read.append(next(blocks)[:most])
+            return read[-1]
+
+        with application(max_file_size=3 * MIB, max_chunk_size=MIB) as app:
+            request = prepared(start, endless)._replace(length=size)
+            self.assertEqual(app.handle(request).status, 413)
+            self.assertLess(len(read), 9)
+            self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+
+    def test_size_of_a_raw_file_is_what_its_length_says(self) -> None:
+        for length, status in ((-1, 411), (26, 408), (24, 200), (101, 413)):
+            with self.subTest(length), application(max_file_size=100) as app:
+                message = Message("PUT", "/upload/a", noise(25))
+                read = mock.Mock(side_effect=io.BytesIO(message.body).read)
+                request = prepared(message, read)._replace(length=length)
+                self.assertEqual(app.handle(request).status, status)
+                is_read = status in (200, 408)
+                self.assertEqual(read.called, is_read)
+                there = {"a": noise(25)[:24]} if status == 200 else {}
+                self.assertEqual((finished_files(app), leftovers(app)), (there, {}))
+
+    def test_file_has_the_path_behind_the_address(self) -> None:
+        paths = {
+            "d/e/a.bin": "d/e/a.bin",
+            "d%2Fa%20b+c%25.bin": "d/a b+c%.bin",
+            "%E6%97%A5.bin": "\u65e5.bin",
+            "./b//c": "b/c",
+        }
+        with serving() as server:
+            for path, name in paths.items():
+                for method in ("PUT", "POST"):
+                    with self.subTest(path, method=method):
+                        answer = send(server, method, "/upload/" + path, noise(25))
+                        self.assertEqual(answer.json["path"], name)
+            for path in (
+                "..",
+                "%2e%2e/a",
+                "d/..%2f..%2fa",
+                "a%5C..%5C..%5Cb",
+                "d/",
+                "",
+            ):
+                for method in ("PUT", "POST"):
+                    with self.subTest(path, method=method):
+                        answer = send(server, method, "/upload/" + path, noise(25))
+                        self.assertEqual(answer.status, 400)
+            self.assertEqual(set(finished_files(server)), set(paths.values()))
+
+    def test_raw_file_may_be_named_in_the_head(self) -> None:
+        """As blueimp does it with multipart: false, and of any type."""
+        for kind in (
+            "image/png",
+            "application/json",
+            "application/x-www-form-urlencoded",
+        ):
+            head = {"Content-Type": kind, "Content-Disposition": 'a; filename="%c3%a4"'}
+            with self.subTest(kind), application() as app:
+                for method, path in (("POST", "/upload"), ("PUT", "/upload/b")):
+                    answer = send(app, method, path, b'{"a":1}', head)
+                    self.assertEqual(answer.status, 200, answer.body)
+                self.assertEqual(set(finished_files(app)), {"\u00e4", "b"})
+        with application() as app:
+            answer = send(app, "POST", "/upload", b"x", {"Content-Type": "image/png"})
+            self.assertIn("has no name", answer.json["error"])
+
+    def test_body_that_is_cut_keeps_nothing_of_that_file(self) -> None:
+        files = {"a": noise(25, 1), "b": noise(25, 2), "c": b""}
+        message = form({"x": "1"}, *(("f", n, data) for n, data in files.items()))
+        with application() as app:
+            for size in range(0, len(message.body), 7):
+                status = app.handle(cut(message, size)).status
+                self.assertEqual(status, 408 if size else 400)
+                for name, data in finished_files(app).items():
+                    self.assertEqual(data, files[name])
+                self.assertEqual(leftovers(app), {})
+            raw = Message("PUT", "/upload/d", noise(25))
+            for size in range(25):
+                self.assertIn(app.handle(cut(raw, size)).status, (400, 408))
+            self.assertNotIn("d", finished_files(app))
+
+    def test_browser_that_navigates_gets_a_page(self) -> None:
+        name = "<b>&'x"
+        with application(max_file_size=9) as app:
+            for size, status in ((9, 200), (10, 413)):
+                files = ("f", name, noise(size)), ("f", "b", b"y")
+                answer = send(app, *form({}, *files, headers=self.PAGE))
+                self.assertEqual(answer.status, status)
+                self.assertIn("text/html", answer.headers["content-type"])
+                self.assertNotIn(b"<b>", answer.body)
+                shown = (
+                    b"_b_&amp;&#x27;x" if status == 200 else b"&lt;b&gt;&amp;&#x27;x"
+                )
+                self.assertIn(b"<li>" + shown, answer.body)
+                self.assertEqual(b"stored" in answer.body, True)
+            nothing = send(app, *form({}, headers=self.PAGE))
+            self.assertIn(b"<li>: There is no file in the form.", nothing.body)
+            refused = dict(self.PAGE, Origin="http://evil.example")
+            answer = send(app, *form({}, ("f", "a", b"x"), headers=refused))
+            self.assertIn("text/html", answer.headers["content-type"])
+
+    def test_script_gets_json(self) -> None:
+        for head in (
+            {"Accept": "*/*"},
+            {"Accept": "application/json"},
+            {**self.PAGE, "Sec-Fetch-Mode": "cors"},
+            {**self.PAGE, "X-Requested-With": "XMLHttpRequest"},
+        ):
+            with application() as app:
+                answer = send(app, *form({}, ("f", "a", b"x"), headers=head))
+                self.assertIs(answer.json["success"], True)
+
+    def test_page_of_a_refusal_is_one_line_of_the_log(self) -> None:
+        message = form({}, ("f", "../\u2028\u0085\u202ex", b"x"), headers=self.PAGE)
+        with application() as app, self.assertLogs("flowserver", "INFO") as logs:
+            self.assertEqual(send(app, *message).status, 400)
+        self.assertTrue(all(line.isprintable() for line in logs.output), logs.output)
+
+    def test_fields_before_a_file_reach_the_functions_of_the_program(self) -> None:
+        done: List[Any] = []
+        place = mock.Mock(side_effect=lambda one: "p/" + one.relative_path)
+        fields = {"a": "1", "name": "x", "_charset_": "\u00e4"}
+        with application(on_complete=done.append, place=place) as app:
+            files = ("f", "d/b", noise(25)), ("f", "c", b"")
+            send(app, *form(fields, *files, path="/upload?q=2"))
+        for one, asked, size in zip(done, place.mock_calls, (25, 0)):
+            self.assertEqual(one.fields, {**fields, "q": "2"})
+            self.assertEqual(asked.args[0].fields, one.fields)
+            self.assertEqual((one.size, asked.args[0].size), (size, size))
+        self.assertEqual([one.relative_path for one in done], ["p/d/b", "p/c"])
+
+    def test_file_of_another_size_has_another_identity(self) -> None:
+        done: List[Any] = []
+        with application(on_complete=done.append) as app:
+            for _ in "12":
+                send(app, "PUT", "/upload/a", b"x")
+        self.assertEqual(len({one.id for one in done}), len(done))
+
+    def test_methods_that_store_nothing_are_refused(self) -> None:
+        with application() as app:
+            for method in ("MOVE", "TRACE", "get"):
+                self.assertEqual(send(app, method, "/upload/a", b"x").status, 405)
+            self.assertEqual(send(app, "GET", "/upload/a").status, 404)
+
+
+class SequentialTest(unittest.TestCase):
+    """Libraries that give no identifier: never two files in one."""
+
+    LIBRARIES = ("Plupload", "Content-Range")
+    ORDERS = sorted(set(itertools.permutations("AAABBB")))
+
+    def run_order(
+        self, app: UploadApp, name: str, library: str, order: Any, files: Any, then: str
+    ) -> List[str]:
+        """Let two clients send in this order; return who heard of no error.
+
+        After an error a client stops, sends the chunk again ("retry"), or all ("all").
+        """
+        index, tries = {"A": 0, "B": 0}, {"A": 3, "B": 3}
+        for who in order:
+            if index[who] < 3 and tries[who]:
+                message = chunk_of(library, name, files[who], index[who])
+                if send(app, *message).status == 200:
+                    index[who] += 1
+                else:
+                    tries[who] = 0 if then == "stop" else tries[who] - 1
+                    index[who] *= then == "retry"
+        return [who for who in files if index[who] == 3]
+
+    def happy(self, orders: Sequence[Any], at: int, then: str = "stop") -> List[int]:
+        """Try orders of files that differ `at` a place; return how many were happy."""
+        files, counts = {"A": noise(25), "B": noise(25)}, []
+        files["B"] = changed(files["B"], at) if at >= 0 else files["B"]
+        for library in self.LIBRARIES:
+            with application() as app:
+                whos = [
+                    self.run_order(app, f"{n}", library, order, files, then)
+                    for n, order in enumerate(orders)
+                ]
+                found = finished_files(app)
+                self.assertLessEqual(set(found.values()), set(files.values()), "mixed")
+                for n, order in enumerate(orders):
+                    mine = (found.get(f"{n}"), found.get(f"{n} (1)"))
+                    for who in whos[n]:
+                        self.assertIn(files[who], mine, f"{who} was lost of {order}")
+                counts += map(len, whos)
+        return counts
+
+    def test_two_at_once_get_their_own_files_or_hear_an_error(self) -> None:
+        happy = [self.happy(self.ORDERS, at) for at in (0, 12, 24)]
+        self.assertEqual(set(sum(happy, [])), {1, 2})
+
+    def test_two_that_try_again_get_their_own_files_or_hear_an_error(self) -> None:
+        chance = random.Random(3)
+        orders = [chance.choices("AB", k=25) for _ in range(8)]
+        for at, then in itertools.product((0, 12, 24), ("retry", "all")):
+            self.assertNotIn(0, self.happy(orders, at, then))
+
+    def test_two_at_once_with_one_content_are_both_served(self) -> None:
+        self.assertEqual(set(self.happy(self.ORDERS, -1)), {2})
+
+    def test_file_that_was_left_in_the_middle_may_be_sent_changed(self) -> None:
+        for library in self.LIBRARIES:
+            with application() as app:
+                send(app, *chunk_of(library, "a", noise(25, 1)))
+                for name in leftovers(app):
+                    os.utime(os.path.join(app.store.state_dir, name), (1, 1))
+                sent = [chunk_of(library, "a", noise(25, 2), n) for n in (0, 0, 1, 2)]
+                statuses = [send(app, *message).status for message in sent]
+                self.assertEqual(statuses, [409, 200, 200, 200])
+                self.assertEqual(finished_files(app), {"a": noise(25, 2)})
+
+    def test_who_goes_on_in_the_middle_of_nothing_is_refused(self) -> None:
+        for library, index in itertools.product(self.LIBRARIES, (1, 2)):
+            with application() as app:
+                answer = send(app, *chunk_of(library, "a", noise(25), index))
+                self.assertEqual((answer.status, leftovers(app)), (409, {}))
+                self.assertEqual(app.store.open_uploads, 0)
+                self.assertIn("beginning", answer.json["error"])
+
+    def test_strangers_do_not_meet(self) -> None:
+        for library in self.LIBRARIES:
+            with application() as app:
+                for index, seed in itertools.product((0, 1, 2), (1, 2)):
+                    message = chunk_of(library, "a", noise(25, seed), index)
+                    answer = send(app, *message, client=f"10.0.0.{seed}")
+                    self.assertEqual(answer.status, 200)
+                found = sorted(finished_files(app).values())
+                self.assertEqual(found, sorted((noise(25, 1), noise(25, 2))))
+
+    def test_names_and_sizes_keep_uploads_apart(self) -> None:
+        files = {"a": noise(25), "b": noise(25, 2), "c": noise(24)}
+        with application() as app:
+            for library, index in itertools.product(self.LIBRARIES, (0, 1, 2)):
+                for name, data in files.items():
+                    send(app, *chunk_of(library, name, data, index))
+            self.assertEqual(finished_files(app), files)
+
+
+# ---- tus -----------------------------------------------------------------------------
+
+PATCH_TYPE = "application/offset+octet-stream"
+
+
+def base64_of(data: Union[str, bytes]) -> str:
+    """Return it as tus writes metadata and checksums."""
+    data = data.encode() if isinstance(data, str) else data
+    return base64.b64encode(data).decode()
+
+
+class TusClient:
+    """One upload of a client that speaks tus 1.0; words of headers are joined by _."""
+
+    def __init__(self, where: Any, data: bytes = noise(250), **headers: str) -> None:
+        self.where = where
+        self.data = data
+        self.headers = headers
+        self.place = ""  # where the upload lives
+
+    def message(
+        self, method: str, path: str, body: bytes = b"", **headers: Any
+    ) -> Message:
+        said = {"Tus_Resumable": "1.0.0", **self.headers, **headers}
+        names = {name.replace("_", "-"): text for name, text in said.items()}
+        given = {name: str(text) for name, text in names.items() if text is not None}
+        return Message(method, path, body, given)
+
+    def ask(self, method: str, body: bytes = b"", **headers: Any) -> Answer:
+        """Send a request to the upload."""
+        return send(self.where, *self.message(method, self.place, body, **headers))
+
+    def create(self, body: bytes = b"", **headers: Any) -> Answer:
+        said = {"Upload_Length": len(self.data), "Upload_Metadata": "filename YQ=="}
+        message = self.message("POST", "/upload", body, **{**said, **headers})
+        answer = send(self.where, *message)
+        place = answer.headers.get("location", "")
+        self.place = urllib.parse.urljoin("/upload", place)
+        return answer
+
+    def piece(self, start: int, end: int, **headers: Any) -> Message:
+        said = {"Upload_Offset": start, "Content_Type": PATCH_TYPE, **headers}
+        return self.message("PATCH", self.place, self.data[start:end], **said)
+
+    def patch(self, start: int, end: int, **headers: Any) -> Answer:
+        return send(self.where, *self.piece(start, end, **headers))
+
+    def offset(self) -> int:
+        return int(self.ask("HEAD").headers["upload-offset"])
+
+
+class Stalled:
+    """A request in a thread of its own whose body comes up to `size` and then hangs."""
+
+    def __init__(self, app: UploadApp, message: Message, size: int) -> None:
+        self.app = app
+        self.message = message
+        self.size = size
+        self.given = 0
+        self.status = 0
+        self._is_here, self._may_go_on = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        self.status = self.app.handle(prepared(self.message, self._read)).status
+
+    def _read(self, most: int) -> bytes:
+        if self.given == self.size:
+            self._is_here.set()
+            self._may_go_on.wait(PATIENCE)
+        end = min(self.given + most, self.size)
+        block, self.given = self.message.body[self.given : end], end
+        return block
+
+    def __enter__(self) -> Stalled:
+        self._thread.start()
+        assert self._is_here.wait(PATIENCE)
+        return self
+
+    def end(self, is_cut: bool = False) -> int:
+        """Let the rest come, or none of it; return the status of the answer."""
+        self.size = self.size if is_cut else len(self.message.body)
+        self._may_go_on.set()
+        self._thread.join(PATIENCE)
+        return self.status
+
+    def __exit__(self, *exception: object) -> None:
+        self.end(is_cut=True)
+
+
+class TusTest(unittest.TestCase):
+    """The tus protocol, as its specification has it."""
+
+    def setUp(self) -> None:
+        self.app = self.enter(application())
+        self.client = TusClient(self.app)
+
+    def enter(self, context: Any) -> Any:
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def test_what_is_spoken_is_told(self) -> None:
+        answer = send(self.app, "OPTIONS", "/upload")
+        self.assertEqual((answer.status, answer.body), (204, b""))
+        self.assertEqual(answer.headers["tus-version"], "1.0.0")
+        self.assertEqual(answer.headers["tus-checksum-algorithm"], "sha1,sha256")
+        self.assertNotIn("tus-max-size", answer.headers)
+        extensions = answer.headers["tus-extension"].split(",")
+        self.assertIn("creation-with-upload", extensions)
+        with application(max_file_size=9) as app:
+            answer = send(app, "OPTIONS", "/upload/x")
+            self.assertEqual(answer.headers["tus-max-size"], "9")
+
+    def test_file_arrives_in_one_piece_or_many(self) -> None:
+        for size in (250, 100, 125, 1):
+            created = self.client.create(
+                Upload_Metadata="filename " + base64_of(f"{size}")
+            )
+            self.assertEqual((created.status, created.body), (201, b""))
+            for start in range(0, 250, size):
+                self.assertEqual(self.client.offset(), start)
+                answer = self.client.patch(start, start + size)
+                self.assertEqual((answer.status, answer.body), (204, b""))
+                end = min(start + size, 250)
+                self.assertEqual(answer.headers["upload-offset"], str(end))
+            self.assertEqual(finished_files(self.app)[f"{size}"], self.client.data)
+            self.assertEqual(leftovers(self.app), {})
+
+    def test_file_may_come_with_its_creation(self) -> None:
+        for size in (1, 100, 250):
+            answer = self.client.create(
+                self.client.data[:size],
+                Content_Type=PATCH_TYPE,
+                Upload_Metadata="filename " + base64_of(f"{size}"),
+            )
+            self.assertEqual(answer.status, 201)
+            self.assertEqual(answer.headers["upload-offset"], str(size))
+            self.assertEqual(self.client.patch(size, 250).status, 204)
+            self.assertEqual(finished_files(self.app)[f"{size}"], self.client.data)
+
+    def test_creation_with_bytes_that_are_refused_leaves_nothing(self) -> None:
+        """Nobody was told where it lives."""
+        wrong = "sha1 " + base64_of(hashlib.sha1(b"x").digest())
+        for headers, status in (
+            ({"Upload_Length": 99}, 413),
+            ({"Upload_Checksum": wrong}, 460),
+            ({"Upload_Checksum": "md5 x"}, 400),
+        ):
+            body, kind = self.client.data, {"Content_Type": PATCH_TYPE}
+            self.assertEqual(self.client.create(body, **kind, **headers).status, status)
+        message = self.client.message(
+            "POST", "/upload", body, Upload_Length=250, **kind
+        )
+        self.assertEqual(self.app.handle(cut(message, 100)).status, 408)
+        self.assertEqual((leftovers(self.app), self.app.store.open_uploads), ({}, 0))
+
+    def test_empty_file_is_finished_when_it_is_created(self) -> None:
+        for kind in (None, PATCH_TYPE):
+            client = TusClient(self.app, b"")
+            self.assertEqual(client.create(Content_Type=kind).status, 201)
+            self.assertEqual(client.offset(), 0)
+            self.assertEqual(client.patch(0, 0).status, 204)
+        self.assertEqual(finished_files(self.app), {"a": b""})
+
+    def test_name_is_found_in_the_metadata(self) -> None:
+        names = {
+            "filename": "\u65e5 a,b.bin",
+            "name": "n",
+            "relativePath": "d/e/p",
+            "filetype": "text/plain",
+        }
+        pairs = {name: f"{name} {base64_of(text)}" for name, text in names.items()}
+        cases = {
+            ",".join(pairs.values()): "d/e/p",
+            f"{pairs['filename']} , {pairs['name']}": "\u65e5 a,b.bin",
+            f"is_secret,{pairs['name']}": "n",
+            f"relativePath {base64_of('null')},{pairs['name']}": "n",
+            f"filename ,{pairs['name']}": "n",
+        }
+        for text, path in cases.items():
+            with self.subTest(text):
+                self.client.create(
+                    self.client.data, Content_Type=PATCH_TYPE, Upload_Metadata=text
+                )
+                self.assertIn(path, finished_files(self.app))
+        before = set(finished_files(self.app))
+        for text in (None, "", pairs["filetype"], "filename"):
+            self.client.create(
+                self.client.data, Content_Type=PATCH_TYPE, Upload_Metadata=text
+            )
+        for name in set(finished_files(self.app)) - before:
+            self.assertRegex(name, r"\A[0-9a-f]{32}\Z")
+
+    def test_creation_that_can_not_be_read_is_refused(self) -> None:
+        leads_outside = "filename " + base64_of("../x")
+        for headers in (
+            *({"Upload_Length": text} for text in (None, "", *NO_NUMBERS)),
+            *(
+                {"Upload_Metadata": f"filename {text}"}
+                for text in ("YQ", "\u00fc", "/w==")
+            ),
+            {"Upload_Metadata": "filename YQ==,filename Yg=="},
+            {"Upload_Metadata": "f\u00fc YQ=="},
+            {"Upload_Metadata": leads_outside},
+            {"Upload_Concat": "partial"},
+            {"Upload_Defer_Length": "1", "Upload_Length": None},
+        ):
+            with self.subTest(headers):
+                answer = self.client.create(**headers)
+                self.assertEqual(answer.status, 400)
+                self.assertNotIn("location", answer.headers)
+        self.assertEqual((os.listdir(self.app.store.state_dir)), [])
+
+    def test_metadata_comes_back(self) -> None:
+        text = "filename YQ==,x ,y " + base64_of("\u00fc")
+        self.client.create(Upload_Metadata=text)
+        self.assertEqual(self.client.ask("HEAD").headers["upload-metadata"], text)
+        self.client.create(Upload_Metadata=None)
+        self.assertNotIn("upload-metadata", self.client.ask("HEAD").headers)
+
+    def test_patch_that_does_not_go_on_where_it_should_is_refused(self) -> None:
+        self.client.create()
+        self.client.patch(0, 100)
+        for offset, status in (
+            (0, 409), (99, 409), (101, 409), (250, 409), (10**14, 409),
+            *((text, 400) for text in (None, "", *NO_NUMBERS)),
+        ):  # fmt: skip
+            answer = self.client.patch(100, 150, Upload_Offset=offset)
+            self.assertEqual(answer.status, status, offset)
+        self.client.data += b"more"
+        self.assertEqual(self.client.patch(100, 254).status, 413)
+        self.assertEqual(self.client.offset(), 100)
+        self.assertEqual(self.client.patch(100, 250).status, 204)
+        self.assertEqual(self.client.patch(250, 254).status, 413)
+        self.assertEqual(finished_files(self.app), {"a": noise(250)})
+
+    def test_patch_of_another_kind_is_refused(self) -> None:
+        self.client.create()
+        for kind in (
+            None,
+            "application/octet-stream",
+            "multipart/form-data; boundary=x",
+        ):
+            self.assertEqual(self.client.patch(0, 9, Content_Type=kind).status, 415)
+        for version in ("0.2.2", "1.0", "", "1.0.0, 1.0.0"):
+            answer = self.client.patch(0, 9, Tus_Resumable=version)
+            self.assertEqual(answer.status, 412)
+            self.assertEqual(answer.headers["tus-version"], "1.0.0")
+        self.assertEqual(self.client.offset(), 0)
+
+    def test_bytes_are_held_against_their_checksum(self) -> None:
+        self.client.create()
+        one, two = self.client.data[:100], self.client.data[100:200]
+        sums = (
+            "sha1 " + base64_of(hashlib.sha1(one).digest()),
+            "sha256 " + base64_of(hashlib.sha256(two).digest()),
+        )
+        for start, text, status in (
+            (0, sums[1], 460),
+            (0, "sha1 nonsense", 460),
+            (0, "sha1", 460),
+            (0, "md5 " + sums[0][5:], 400),
+            (0, "sha512 x", 400),
+            (0, sums[0], 204),
+            (100, sums[0], 460),
+            (100, sums[1], 204),
+        ):
+            answer = self.client.patch(start, start + 100, Upload_Checksum=text)
+            self.assertEqual(answer.status, status, text)
+            is_new = status == 204
+            self.assertEqual(self.client.offset(), start + 100 * is_new)
+        self.client.patch(200, 250)
+        self.assertEqual(finished_files(self.app), {"a": self.client.data})
+
+    def test_broken_patch_with_a_checksum_leaves_nothing(self) -> None:
+        self.client.create()
+        text = "sha1 " + base64_of(hashlib.sha1(self.client.data).digest())
+        message = self.client.piece(0, 250, Upload_Checksum=text)
+        self.assertEqual(self.app.handle(cut(message, 100)).status, 408)
+        self.assertEqual(self.client.offset(), 0)
+
+    def test_what_came_before_a_patch_broke_off_is_kept(self) -> None:
+        self.client.create()
+        offset = 0
+        for size in (0, 1, 99, 50):
+            message = self.client.piece(offset, 250)
+            self.assertIn(self.app.handle(cut(message, size)).status, (400, 408))
+            offset += size
+            self.assertEqual(self.client.offset(), offset)
+        self.assertEqual(self.client.patch(offset, 250).status, 204)
+        self.assertEqual(finished_files(self.app), {"a": self.client.data})
+
+    def test_patch_that_hangs_is_told_of_and_gives_way(self) -> None:
+        self.client.create()
+        for start, hanging_at in ((0, 100), (100, 50)):
+            with Stalled(
+                self.app, self.client.piece(start, 250), hanging_at
+            ) as stalled:
+                self.assertEqual(self.client.offset(), start + hanging_at)
+                if start:
+                    self.client.data = self.client.data[:150] + noise(100, 9)
+                    self.assertEqual(self.client.patch(150, 250).status, 204)
+                    self.assertGreaterEqual(stalled.end(), 400)
+                else:
+                    self.assertEqual(stalled.end(is_cut=True), 408)
+        self.assertEqual(finished_files(self.app), {"a": self.client.data})
+
+    def test_next_patch_ends_the_one_that_hangs(self) -> None:
+        """Whichever process it comes to; nobody has asked for the offset."""
+        other = UploadApp(self.app.settings)
+        for where in (self.app, other):
+            self.client.create(
+                Upload_Metadata=f"filename {base64_of('b' * (where is other))}"
+            )
+            with Stalled(self.app, self.client.piece(0, 250), 100) as stalled:
+                there = TusClient(where)
+                there.place = self.client.place
+                self.assertEqual(there.patch(there.offset(), 200).status, 204)
+                self.assertEqual(stalled.end(), 503)
+            self.assertEqual(self.client.patch(200, 250).status, 204)
+        self.assertEqual(set(finished_files(self.app).values()), {self.client.data})
+
+    def test_two_patches_at_once_do_not_spoil_each_other(self) -> None:
+        for turn in range(20):
+            client = TusClient(self.app, noise(40 * KIB, turn))
+            client.create(Upload_Metadata=f"filename {base64_of(f'{turn}')}")
+
+            def work(client: TusClient = client) -> None:
+                for _ in range(20):
+                    start = client.offset()
+                    if start == len(client.data):
+                        return
+                    message = client.piece(start, start + 9000)
+                    self.app.handle(cut(message, 7000 if start % 2 else 9000))
+
+            threads = [threading.Thread(target=work) for _ in "123"]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE)
+            self.assertEqual(finished_files(self.app)[f"{turn}"], client.data)
+        self.assertEqual(leftovers(self.app), {})
+
+    def test_offset_never_falls_while_bytes_come(self) -> None:
+        client = TusClient(self.app, noise(3 * MIB))
+        client.create()
+        offsets, message = [], client.piece(0, 3 * MIB)
+        body = io.BytesIO(message.body)
+        request = prepared(message, lambda most: body.read(min(most, 4096)))
+        answers: List[Any] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(self.app.handle(request))
+        )
+        thread.start()
+        while thread.is_alive():
+            offsets.append((client.offset(), body.tell()))
+        thread.join()
+        self.assertEqual(answers[0].status, 204)
+        self.assertEqual(offsets, sorted(offsets))
+        self.assertTrue(all(told <= sent for told, sent in offsets))
+        self.assertTrue(finished_files(self.app) == {"a": client.data})
+
+    def test_upload_is_cancelled_until_it_is_finished(self) -> None:
+        self.client.create()
+        with Stalled(self.app, self.client.piece(0, 250), 100) as stalled:
+            self.assertEqual(self.client.ask("DELETE").status, 204)
+            self.assertGreaterEqual(stalled.end(), 400)
+        self.assertEqual((leftovers(self.app), self.app.store.open_uploads), ({}, 0))
+        for method in ("HEAD", "DELETE"):
+            self.assertEqual(self.client.ask(method).status, 404)
+        self.assertEqual(self.client.patch(0, 250).status, 404)
+        self.client.create(self.client.data, Content_Type=PATCH_TYPE)
+        self.assertEqual(self.client.ask("DELETE").status, 403)
+        self.assertEqual(self.client.offset(), 250)
+        self.assertEqual(finished_files(self.app), {"a": self.client.data})
+
+    def test_upload_that_nobody_knows_is_missing(self) -> None:
+        self.client.create()
+        known = self.client.place
+        for name in (
+            "0" * 32,
+            "",
+            "../x",
+            known[8:] + "0",
+            known[8:].upper(),
+            "x" * 999,
+        ):
+            self.client.place = "/upload/" + name
+            for method in ("HEAD", "DELETE", "GET"):
+                self.assertEqual(self.client.ask(method).status, 404, name)
+            self.assertEqual(self.client.patch(0, 9).status, 404)
+        self.client.place = known
+        self.assertEqual(self.client.ask("PUT").status, 405)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_method_may_stand_in_a_header(self) -> None:
+        self.client.create()
+        for method, status in (
+            ("HEAD", 200),
+            ("PATCH", 204),
+            ("DELETE", 204),
+            ("x", 404),
+        ):
+            kind = {"Content_Type": PATCH_TYPE, "Upload_Offset": "0"}
+            how = {"X_HTTP_Method_Override": method, **kind}
+            answer = self.client.ask("POST", self.client.data[:9], **how)
+            self.assertEqual(answer.status, status)
+
+    def test_end_of_an_unfinished_upload_is_told(self) -> None:
+        answers = [
+            self.client.create(),
+            self.client.ask("HEAD"),
+            self.client.patch(0, 9),
+        ]
+        for answer in answers:
+            ends = answer.headers["upload-expires"]
+            self.assertRegex(ends, r"\A\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\Z")
+        with application(stale_after=0) as app:
+            self.assertNotIn("upload-expires", TusClient(app).create().headers)
+
+    def test_every_answer_names_the_protocol(self) -> None:
+        answers = [
+            self.client.create(),
+            self.client.ask("HEAD"),
+            self.client.create(Upload_Length="x"),
+        ]
+        answers += [
+            self.client.patch(5, 9),
+            self.client.patch(0, 9),
+            self.client.ask("PUT"),
+        ]
+        answers += [self.client.ask("DELETE"), self.client.ask("HEAD")]
+        answers += [
+            self.client.ask("HEAD", Origin="http://evil.example", Tus_Resumable="2")
+        ]
+        with application(authorize=lambda request: "No.") as app:
+            answers.append(TusClient(app).create())
+        foreign = TusClient(self.app, Origin="http://evil.example")
+        answers.append(foreign.create())
+        for answer in answers:
+            self.assertEqual(answer.headers["tus-resumable"], "1.0.0")
+        self.assertEqual([a.status for a in answers[-3:]], [412, 403, 403])
+
+    def test_other_origins_may_read_what_they_must(self) -> None:
+        page = {"Origin": "https://page.example"}
+        for allowed in (page["Origin"], "*"):
+            with application(allow_origins=allowed) as app:
+                client = TusClient(app, **page)
+                for answer in (client.create(), client.ask("HEAD"), client.patch(9, 9)):
+                    text = answer.headers["access-control-expose-headers"].lower()
+                    exposed = set(text.split(", "))
+                    said = {
+                        name for name in answer.headers if name[:3] in ("upl", "tus")
+                    }
+                    self.assertLessEqual(said | {"location"}, exposed)
+        self.assertNotIn(
+            "access-control-expose-headers",
+            TusClient(self.app, **page).create().headers,
+        )
+
+    def test_every_process_goes_on_with_an_upload(self) -> None:
+        apps = [self.app, UploadApp(self.app.settings)]
+        self.client.create()
+        for number in range(10):
+            self.client.where = apps[number % 2]
+            self.assertEqual(self.client.offset(), number * 25)
+            self.client.where = apps[number // 2 % 2]
+            self.client.patch(number * 25, number * 25 + 25)
+        self.assertEqual(finished_files(self.app), {"a": self.client.data})
+
+    def test_killed_server_loses_no_more_than_since_a_checkpoint(self) -> None:
+        for constant, value, offset in (("SIZE", 50, 120), ("SECONDS", 0.0, 160)):
+            disk = TestDisk()
+            store = Store(self.app.store.upload_dir, disk=disk)
+            self.client.where = UploadApp(self.app.settings, store=store)
+            self.client.create()
+            message = self.client.piece(0, 250)
+            blocks = iter(message.body[n : n + 20] for n in range(0, 160, 20))
+
+            def read(most: int, blocks: Any = blocks, disk: Any = disk) -> bytes:
+                for block in blocks:
+                    return bytes(block)
+                disk.is_dead = True
+                raise Killed
+
+            with mock.patch.object(flowserver, "_CHECKPOINT_" + constant, value):
+                with self.assertRaises(Killed):
+                    self.client.where.handle(prepared(message, read))
+            self.client.where = self.app
+            self.assertEqual(self.client.offset(), offset)
+            self.assertEqual(self.client.patch(offset, 250).status, 204)
+            self.assertEqual(finished_files(self.app)["a"], self.client.data)
+
+    def test_metadata_reaches_the_functions_of_the_program(self) -> None:
+        fields = {"filename": "a", "draft": "", "x": "\u00fc"}
+        text = ",".join(f"{name} {base64_of(value)}" for name, value in fields.items())
+        for size in (0, 250):
+            done: List[Any] = []
+            place = mock.Mock(side_effect=lambda one: "p/" + one.filename)
+            with application(on_complete=done.append, place=place) as app:
+                client = TusClient(app, noise(size))
+                client.create(Upload_Metadata=text)
+                client.patch(0, 100)
+                client.patch(100, 250)
+            ((asked,), _) = place.call_args
+            self.assertEqual((asked.fields, asked.size), (fields, size))
+            self.assertEqual(
+                [(d.fields, d.relative_path) for d in done], [(fields, "p/a")]
+            )
+            place.assert_called_once()
+
+    def test_metadata_outlives_a_crash(self) -> None:
+        for word in ("publish", "finished", "announced"):
+            done: List[Any] = []
+            with application(on_complete=done.append) as app:
+                client = TusClient(app)
+                client.create()
+                with killed_before(word), self.assertRaises(Killed):
+                    client.patch(0, 250)
+                done.clear()
+                again = UploadApp(app.settings, on_complete=done.append)
+                self.assertEqual(done, [])
+                again.tidy()
+                self.assertEqual([d.fields for d in done], [{"filename": "a"}])
+                client.where = again
+                self.assertEqual(client.offset(), 250)
+                self.assertEqual(finished_files(app), {"a": client.data})
+
+    def test_limits_hold_at_the_creation(self) -> None:
+        with application(max_file_size=249) as app:
+            self.assertEqual(TusClient(app).create().status, 413)
+        with application(max_uploads=2) as app:
+            statuses = []
+            for _ in range(4):
+                statuses.append(TusClient(app).create().status)
+                app.store.count()
+            self.assertEqual(statuses, [201, 201, 413, 413])
+        with application(min_free_space="1K") as app:
+            for free, status in ((1024 + 249, 413), (1024 + 250, 201)):
+                with mock.patch.object(app.store.disk, "free_space", return_value=free):
+                    self.assertEqual(TusClient(app).create().status, status)
+
+    def test_taken_name_is_what_the_policy_says(self) -> None:
+        for policy, status, paths in (
+            ("rename", 201, {"a", "a (1)"}),
+            ("replace", 201, {"a"}),
+            ("refuse", 409, {"a"}),
+        ):
+            with self.subTest(policy), application(on_conflict=policy) as app:
+                send(app, "PUT", "/upload/a", b"x")
+                client = TusClient(app)
+                self.assertEqual(client.create().status, status)
+                if status == 201:
+                    client.patch(0, 250)
+                self.assertEqual(set(finished_files(app)), paths)
+
+    def test_upload_of_another_owner_is_missing(self) -> None:
+        def owner(request: Request) -> str:
+            return request.headers["x-user"]
+
+        with application(owner=owner) as app:
+            anna = TusClient(app, X_User="anna")
+            anna.create()
+            bert = TusClient(app, X_User="bert")
+            bert.place = anna.place
+            answers = [bert.ask("HEAD"), bert.patch(0, 9), bert.ask("DELETE")]
+            self.assertEqual([answer.status for answer in answers], [404] * 3)
+            self.assertEqual(anna.patch(0, 250).status, 204)
+
+    def test_upload_lives_where_it_is_told_to(self) -> None:
+        for path in ("/upload", "/upload/", "/a/%62"):
+            where = urllib.parse.unquote(path.rstrip("/"))
+            with self.subTest(path), serving(upload_path=where) as server:
+                size = {"Tus-Resumable": "1.0.0", "Upload-Length": "9"}
+                answer = send(server, "POST", path, b"", size)
+                place = answer.headers["location"]
+                self.assertNotRegex(place, r"\A/|:")
+                there = urllib.parse.urljoin(path, place)
+                self.assertEqual(send(server, "HEAD", there, b"", size).status, 200)
+
+
+# ---- FilePond ------------------------------------------------------------------------
+
+
+class FilePondClient:
+    """One upload of FilePond in chunks; words of headers are joined by _."""
+
+    def __init__(self, where: Any, data: bytes = noise(25), name: str = "a") -> None:
+        self.where = where
+        self.data = data
+        self.name = name
+        self.id = ""
+
+    def begin(self, path: str = "/upload", **headers: Any) -> Answer:
+        said = {"Upload-Length": str(len(self.data)), **headers}
+        given = {name.replace("_", "-"): str(text) for name, text in said.items()}
+        message = form({"filepond": "{}"}, path=path, headers=given)
+        answer = send(self.where, *message)
+        self.id = answer.body.decode()
+        return answer
+
+    def piece(self, start: int, end: int, **headers: Any) -> Message:
+        said = {
+            "Content_Type": PATCH_TYPE,
+            "Upload_Offset": start,
+            "Upload_Length": len(self.data),
+            "Upload_Name": self.name.encode().decode("latin-1"),
+            **headers,
+        }
+        names = {name.replace("_", "-"): text for name, text in said.items()}
+        given = {name: str(text) for name, text in names.items() if text is not None}
+        path = f"/upload?patch={self.id}"
+        return Message("PATCH", path, self.data[start:end], given)
+
+    def patch(self, start: int, end: int, **headers: Any) -> Answer:
+        return send(self.where, *self.piece(start, end, **headers))
+
+    def offset(self) -> int:
+        answer = send(self.where, "HEAD", f"/upload?patch={self.id}")
+        return int(answer.headers["upload-offset"])
+
+    def delete(self, identifier: Optional[str] = None) -> Answer:
+        text = (self.id if identifier is None else identifier).encode()
+        kind = {"Content-Type": "text/plain;charset=UTF-8"}
+        return send(self.where, "DELETE", "/upload", text, kind)
+
+
+class FilePondTest(unittest.TestCase):
+    """FilePond's own protocol."""
+
+    def setUp(self) -> None:
+        context = application()
+        self.app = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        self.pond = FilePondClient(self.app)
+
+    def test_file_arrives_in_chunks(self) -> None:
+        answer = self.pond.begin()
+        self.assertEqual(answer.status, 201)
+        self.assertIn("text/plain", answer.headers["content-type"])
+        self.assertRegex(self.pond.id, r"\A[0-9a-z-]+\Z")  # is pasted into the address
+        for start in (0, 10, 20):
+            self.assertEqual(self.pond.offset(), start)
+            self.assertEqual(self.pond.patch(start, start + 10).status, 200)
+        self.assertEqual(self.pond.offset(), 25)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+        self.assertEqual(leftovers(self.app), {})
+
+    def test_beginning_keeps_nothing(self) -> None:
+        ids = {self.pond.begin().body for _ in "123"}
+        self.assertEqual(len(ids), 3)
+        self.assertEqual(os.listdir(self.app.store.state_dir), [])
+        self.assertEqual(self.pond.offset(), 0)
+
+    def test_empty_patch_follows_the_last_full_one(self) -> None:
+        for size in (10, 30, 0):
+            pond = FilePondClient(self.app, noise(size), f"{size}")
+            pond.begin()
+            for start in range(0, size + 1, 10):
+                for _ in "12":  # the first answer was lost
+                    self.assertEqual(pond.patch(start, start + 10).status, 200)
+            self.assertEqual(finished_files(self.app)[f"{size}"], noise(size))
+
+    def test_empty_patch_after_less_than_all_is_refused(self) -> None:
+        self.pond.begin()
+        self.assertEqual(self.pond.patch(25, 25).status, 409)
+        self.pond.patch(0, 10)
+        self.assertEqual(self.pond.patch(25, 25).status, 409)
+        self.assertEqual(self.pond.patch(10, 10).status, 400)
+
+    def test_broken_patch_counts_for_nothing(self) -> None:
+        """Each chunk that begins below the offset is taken for stored."""
+        self.pond.begin()
+        for start in (0, 10):
+            for size in (0, 3, 9):
+                request = cut(self.pond.piece(start, start + 10), size)
+                self.assertIn(self.app.handle(request).status, (400, 408))
+                self.assertEqual(self.pond.offset(), start)
+            self.pond.patch(start, start + 10)
+        with Stalled(self.app, self.pond.piece(20, 25), 2):
+            self.assertEqual(self.pond.offset(), 20)
+        self.pond.patch(20, 25)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+
+    def test_name_comes_as_bytes_of_utf_8(self) -> None:
+        self.pond.name = "\u65e5 \u00fc%20.bin"
+        self.pond.begin()
+        self.pond.patch(0, 25)
+        self.assertEqual(list(finished_files(self.app)), [self.pond.name])
+
+    def test_patch_that_makes_no_sense_is_refused(self) -> None:
+        self.pond.begin()
+        wrong: List[Tuple[int, Dict[str, Any]]] = [
+            *((400, {"Upload_Offset": text}) for text in (None, "", *NO_NUMBERS)),
+            *((400, {"Upload_Offset": start}) for start in (16, 25, 10**14)),
+            *((409, {"Upload_Offset": start}) for start in (1, 10, 15)),
+            *((400, {"Upload_Length": text}) for text in ("24", "26", "x")),
+            (400, {"Upload_Name": None}),
+            (400, {"Upload_Name": "../a"}),
+            (400, {"Upload_Name": "\xff"}),
+            (400, {"Upload_Name": "\u65e5"}),
+        ]
+        for status, headers in wrong:
+            with self.subTest(headers):
+                answer = self.pond.patch(0, 10, **headers)
+                self.assertEqual(answer.status, status)
+        self.assertEqual(self.pond.patch(0, 0).status, 400)
+        self.pond.id = self.pond.id[:-2] + "9"
+        self.assertEqual(self.pond.patch(0, 10, Upload_Length=9).status, 400)
+        self.assertEqual((finished_files(self.app), leftovers(self.app)), ({}, {}))
+        self.assertEqual(self.app.store.open_uploads, 0)
+        request = self.pond.piece(0, 9, Upload_Length=9)
+        self.assertEqual(
+            self.app.handle(cut(request, 9)._replace(length=-1)).status, 411
+        )
+
+    def test_identifier_that_we_did_not_draw_is_missing(self) -> None:
+        self.pond.begin()
+        drawn = self.pond.id
+        for wrong in (
+            "",
+            "x",
+            "../x",
+            drawn.upper(),
+            drawn + "0" * 16,
+            drawn[1:],
+            "0" * 32,
+        ):
+            with self.subTest(wrong):
+                self.pond.id = urllib.parse.quote(wrong)
+                self.assertEqual(self.pond.patch(0, 9).status, 404)
+                where = f"/upload?patch={self.pond.id}"
+                self.assertEqual(send(self.app, "HEAD", where).status, 404)
+                self.assertEqual(self.pond.delete(wrong).status, 404)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_forged_size_is_held_to_the_limits(self) -> None:
+        with application(max_file_size=24) as app:
+            pond = FilePondClient(app)
+            self.assertEqual(pond.begin().status, 413)
+            pond.id = "0" * 32 + "-25"
+            self.assertEqual(pond.patch(0, 10).status, 413)
+        with application(max_chunk_size=9, max_uploads=1) as app:
+            pond = FilePondClient(app)
+            pond.begin()
+            self.assertEqual(pond.patch(0, 10).status, 413)
+            self.assertEqual(pond.patch(0, 9).status, 200)
+            pond.begin()
+            self.assertEqual(pond.patch(0, 9).status, 413)
+
+    def test_unfinished_upload_is_forgotten_and_a_file_stays(self) -> None:
+        self.pond.begin()
+        self.assertEqual(self.pond.delete().status, 204)
+        self.pond.patch(0, 10)
+        self.assertEqual(self.pond.delete().status, 204)
+        self.assertEqual((leftovers(self.app), self.app.store.open_uploads), ({}, 0))
+        for pieces in (((0, 25),), ((0, 10), (10, 25))):
+            self.pond.begin()
+            for start, end in pieces:
+                self.assertEqual(self.pond.patch(start, end).status, 200)
+            self.assertEqual(self.pond.delete().status, 403)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+
+    def test_body_that_is_no_identifier_is_not_read(self) -> None:
+        read = mock.Mock()
+        kind = {"content-type": "text/plain"}
+        request = Request("DELETE", "/upload", "", kind, 1 << 40, read)
+        self.assertEqual(self.app.handle(request).status, 404)
+        read.assert_not_called()
+
+    def test_whole_file_is_answered_with_an_identifier(self) -> None:
+        files = ("filepond", "a", noise(25))
+        answer = send(self.app, *form({"filepond": "{}"}, files))
+        self.assertEqual(answer.status, 200)
+        self.assertIn("text/plain", answer.headers["content-type"])
+        self.assertRegex(answer.body, rb"\A[0-9a-z-]+\Z")
+        self.assertEqual(self.pond.delete(answer.body.decode()).status, 403)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+        wrong = ("filepond", "..", noise(25))
+        answer = send(self.app, *form({"filepond": "{}"}, wrong))
+        self.assertEqual((answer.status, answer.json["success"]), (400, False))
+
+    def test_nothing_is_fetched_loaded_or_restored(self) -> None:
+        """That would let strangers make this server call others."""
+        for word in ("fetch", "load", "restore"):
+            for method in ("GET", "HEAD", "POST", "PUT", "PATCH"):
+                path = f"/upload?{word}=http://127.0.0.1/"
+                self.assertEqual(send(self.app, method, path).status, 404)
+            message = form({}, ("f", "a", b"x"), path=path)
+            self.assertEqual(send(self.app, *message).status, 404)
+        self.assertEqual(finished_files(self.app), {})
+
+    def test_each_method_has_its_place(self) -> None:
+        self.pond.begin()
+        for method in ("GET", "POST", "PUT"):
+            answer = send(self.app, method, f"/upload?patch={self.pond.id}")
+            self.assertEqual(answer.status, 405)
+        message = form({"filepond": "{}"}, ("filepond", "a", b"x"))
+        head = {**message.headers, "Upload-Length": "1"}
+        answer = send(self.app, *message._replace(headers=head))
+        self.assertEqual((answer.status, finished_files(self.app)), (400, {}))
+
+    def test_identifier_of_another_owner_leads_to_nothing_of_theirs(self) -> None:
+        users = ["anna"]
+        with application(owner=lambda request: users[0]) as app:
+            pond = FilePondClient(app)
+            pond.begin()
+            pond.patch(0, 10)
+            users[0] = "bert"
+            self.assertEqual((pond.offset(), pond.delete().status), (0, 204))
+            self.assertEqual(pond.patch(10, 25).status, 409)
+            users[0] = "anna"
+            self.assertEqual(pond.patch(10, 25).status, 200)
+            self.assertEqual(finished_files(app), {"a": noise(25)})
+
+    def test_every_process_goes_on_with_an_upload(self) -> None:
+        apps = [self.app, UploadApp(self.app.settings)]
+        self.pond.begin()
+        for number in range(5):
+            self.pond.where = apps[number % 2]
+            self.assertEqual(self.pond.offset(), number * 5)
+            self.pond.patch(number * 5, number * 5 + 5)
+        self.assertEqual(finished_files(self.app), {"a": noise(25)})
+
+    def test_fields_reach_the_functions_of_the_program(self) -> None:
+        done: List[Any] = []
+        for size in (0, 10, 25):
+            with application(on_complete=done.append, place=lambda one: "p/a") as app:
+                pond = FilePondClient(app, noise(size))
+                pond.begin()
+                for start in range(0, size + 1, 10):
+                    message = pond.piece(start, start + 10)
+                    send(app, *message._replace(path=message.path + "&x=1"))
+        self.assertEqual([one.fields["x"] for one in done], ["1"] * 3)
+        self.assertEqual([one.relative_path for one in done], ["p/a"] * 3)
+
+
 # ---- application ---------------------------------------------------------------------
+
+
+# What holds whatever a file comes with
+
+
+def in_chunks(
+    library: str, size: int, where: Any, name: str, data: bytes, **head: str
+) -> Answer:
+    """Send a file as a library does, up to the first error; return the last answer."""
+    for index in range(max(1, -(-len(data) // size))):
+        message = chunk_of(library, name, data, index, size)
+        headers = {**message.headers, **head}
+        answer = send(where, *message._replace(headers=headers))
+        if answer.status != 200:
+            break
+    return answer
+
+
+def by_tus(size: int, where: Any, name: str, data: bytes, **head: str) -> Answer:
+    client = TusClient(where, data, **head)
+    answer = client.create(Upload_Metadata=f"filename {base64_of(name)}")
+    for start in range(0, len(data), size):
+        if answer.status < 300:
+            answer = client.patch(start, start + size)
+    return answer
+
+
+def by_tus_at_once(where: Any, name: str, data: bytes, **head: str) -> Answer:
+    metadata = f"filename {base64_of(name)}"
+    client = TusClient(where, data, **head)
+    return client.create(data, Content_Type=PATCH_TYPE, Upload_Metadata=metadata)
+
+
+def by_filepond(size: int, where: Any, name: str, data: bytes, **head: str) -> Answer:
+    pond = FilePondClient(where, data, name)
+    answer = pond.begin(**head)
+    for start in range(0, len(data), size):
+        if answer.status < 300:
+            answer = pond.patch(start, start + size, **head)
+    return answer
+
+
+def by_form(fields: Any, where: Any, name: str, data: bytes, **head: str) -> Answer:
+    return send(where, *form(fields, ("filepond", name, data), headers=head))
+
+
+def by_put(where: Any, name: str, data: bytes, **head: str) -> Answer:
+    return send(where, "PUT", "/upload/" + name, data, head)
+
+
+WAYS: Dict[str, Any] = {
+    "flow.js": functools.partial(in_chunks, "flow.js", 10),
+    "flow.js, one chunk": functools.partial(in_chunks, "flow.js", 100),
+    "Dropzone": functools.partial(in_chunks, "Dropzone", 10),
+    "Plupload": functools.partial(in_chunks, "Plupload", 10),
+    "form": functools.partial(by_form, {}),
+    "PUT": by_put,
+    "tus": functools.partial(by_tus, 10),
+    "tus, one PATCH": functools.partial(by_tus, 100),
+    "tus with creation": by_tus_at_once,
+    "FilePond": functools.partial(by_filepond, 10),
+    "FilePond, one PATCH": functools.partial(by_filepond, 100),
+    "FilePond's form": functools.partial(by_form, {"filepond": "{}"}),
+}
+
+
+class EveryWayTest(unittest.TestCase):
+    """Rules that hold for a file whatever protocol it comes by."""
+
+    DATA = noise(25)
+
+    def in_every_way(self, check: Any, **arguments: Any) -> None:
+        """Call ``check(app, give)``, with a cleared folder each time.
+
+        ``give(name, data)`` sends a file, and returns the last answer.
+        """
+        with application(**arguments) as app:
+            for name, way in WAYS.items():
+                with self.subTest(name):
+                    check(app, functools.partial(way, app))
+                for folder, _, names in os.walk(app.store.upload_dir):
+                    for file in set(names) - {"key"}:
+                        os.unlink(os.path.join(folder, file))
+                app.store.count()
+
+    def check_nothing(self, app: UploadApp) -> None:
+        self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+        self.assertEqual(app.store.open_uploads, 0)
+
+    def test_file_arrives_and_the_same_again_is_no_second_copy(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            for _ in "12":
+                self.assertLess(give("d.bin", self.DATA).status, 300)
+            self.assertEqual(finished_files(app), {"d.bin": self.DATA})
+            self.assertEqual((leftovers(app), app.store.open_uploads), ({}, 0))
+
+        self.in_every_way(check)
+
+    def test_foreign_pages_may_not_send(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            answer = give("a", self.DATA, Origin="http://evil.example")
+            self.assertIn(answer.status, (403, 415))
+            self.check_nothing(app)
+
+        self.in_every_way(check)
+
+    def test_authorize_is_asked(self) -> None:
+        for refusal, word in (("Bring a key.", "Bring a key."), (False, "may not")):
+
+            def check(app: UploadApp, give: Any, word: str = word) -> None:
+                answer = give("a", self.DATA)
+                self.assertIn(answer.status, (403, 415))
+                self.assertIn(word, answer.json["error"])
+                self.check_nothing(app)
+
+            self.in_every_way(check, authorize=lambda _, no=refusal: no)
+
+    def test_login_is_needed(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            answer = give("a", self.DATA)
+            self.assertEqual(answer.status, 401)
+            self.assertIn("www-authenticate", answer.headers)
+            self.check_nothing(app)
+
+        with temporary_folder() as folder:
+            line = "anna:" + flowserver.hash_password("x", rounds=1)
+            self.in_every_way(check, users_file=conf_file(folder, line))
+
+    def test_owner_is_told_with_the_file(self) -> None:
+        done: List[Any] = []
+
+        def check(app: UploadApp, give: Any) -> None:
+            give("a", self.DATA)
+            self.assertEqual(done.pop().owner, "anna")
+
+        self.in_every_way(check, owner=lambda _: "anna", on_complete=done.append)
+
+    def test_place_is_asked_and_held_to_the_rules(self) -> None:
+        place = mock.Mock()
+
+        def check(app: UploadApp, give: Any) -> None:
+            for path in ("../a", "", ".", "a/..", "a/"):
+                place.return_value = path
+                self.assertIn(give("a", self.DATA).status, (400, 415))
+                self.check_nothing(app)
+            place.return_value = "p/b"
+            self.assertLess(give("a", self.DATA).status, 300)
+            self.assertEqual(list(finished_files(app)), ["p/b"])
+
+        self.in_every_way(check, place=place)
+
+    def test_size_and_space_are_limited(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            with mock.patch.object(app.store.disk, "free_space", return_value=1048):
+                self.assertEqual(give("a", self.DATA).status, 413)
+                self.check_nothing(app)
+
+        self.in_every_way(check, max_file_size=24)
+        self.in_every_way(check, min_free_space="1K")
+
+    def test_number_of_unfinished_uploads_is_limited(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            send(app, *browser("other", self.DATA, 1, 10))
+            self.assertEqual(give("a", self.DATA).status, 413)
+            self.assertEqual(app.store.open_uploads, 1)
+
+        self.in_every_way(check, max_uploads=1)
+
+    def test_taken_name_is_what_the_policy_says(self) -> None:
+        for policy, statuses, files in (
+            ("rename", (200, 201, 204), {"a": b"other", "a (1)": self.DATA}),
+            ("replace", (200, 201, 204), {"a": self.DATA}),
+            ("refuse", (409, 415), {"a": b"other"}),
+        ):
+
+            def check(
+                app: Any, give: Any, is_in: Any = statuses, there: Any = files
+            ) -> None:
+                send(app, "PUT", "/upload/a", b"other")
+                self.assertIn(give("a", self.DATA).status, is_in)
+                self.assertEqual(finished_files(app), there)
+                self.assertEqual((leftovers(app), app.store.open_uploads), ({}, 0))
+
+            self.in_every_way(check, on_conflict=policy)
+
+    def test_completion_is_told_once(self) -> None:
+        done: List[Any] = []
+
+        def check(app: UploadApp, give: Any) -> None:
+            give("a", self.DATA)
+            app.sweep()
+            one = done.pop()
+            self.assertEqual((one.relative_path, one.size, done), ("a", 25, []))
+
+        self.in_every_way(check, on_complete=done.append)
+
+    def test_completion_is_told_again_after_a_crash(self) -> None:
+        done: List[Any] = []
+        for word, before in (("publish", 0), ("finished", 0), ("announced", 1)):
+
+            def check(
+                app: Any, give: Any, word: str = word, before: int = before
+            ) -> None:
+                done.clear()
+                with killed_before(word), self.assertRaises(Killed):
+                    give("a", self.DATA)
+                again = UploadApp(app.settings, on_complete=done.append)
+                self.assertEqual(len(done), before)
+                again.tidy()
+                again.sweep()
+                self.assertEqual(len(done), before + 1)
+                self.assertEqual(len({one.id for one in done}), 1)
+                self.assertEqual(finished_files(app), {"a": self.DATA})
+
+            self.in_every_way(check, on_complete=done.append)
+
+    def test_function_that_wants_to_end_the_program_does_not(self) -> None:
+        for name in ("authorize", "owner", "place", "on_complete"):
+
+            def check(
+                app: Any, give: Any, is_late: bool = name == "on_complete"
+            ) -> None:
+                with self.assertLogs("flowserver", "ERROR"):
+                    status = give("a", self.DATA).status
+                self.assertIs(status == 503, not is_late)
+                self.assertIs("a" in finished_files(app), is_late)
+
+            self.in_every_way(check, **{name: mock.Mock(side_effect=SystemExit(1))})
+
+    def test_vanished_folder_is_503(self) -> None:
+        def check(app: UploadApp, give: Any) -> None:
+            folder = app.store.upload_dir
+            os.rename(folder, folder + " gone")
+            self.assertEqual(give("a", self.DATA).status, 503)
+            os.rename(folder + " gone", folder)
+
+        self.in_every_way(check)
+
+    def test_full_disk_is_503_and_a_later_try_succeeds(self) -> None:
+        full = OSError(errno.ENOSPC, "No space left on device")
+
+        def check(app: UploadApp, give: Any) -> None:
+            with mock.patch.object(app.store.disk, "write", side_effect=full):
+                self.assertEqual(give("a", self.DATA).status, 503)
+            self.assertLess(give("a", self.DATA).status, 300)
+            self.assertEqual(finished_files(app), {"a": self.DATA})
+
+        self.in_every_way(check)
+
+    def test_hostile_names_stay_inside_or_are_refused(self) -> None:
+        good = {"CON": "_CON", "a:b": "a_b", ".flowserver/v2/x": "_.flowserver/v2/x"}
+
+        def check(app: UploadApp, give: Any) -> None:
+            for name in ("../../x", "a/../../x", "..", "a\\..\\..\\x"):
+                self.assertIn(give(name, self.DATA).status, (400, 415))
+                self.check_nothing(app)
+            for name in good:
+                self.assertLess(give(name, self.DATA).status, 300)
+            self.assertEqual(set(finished_files(app)), set(good.values()))
+
+        self.in_every_way(check)
+
+
+class FallingDisk(flowserver.Disk):
+    """A disk of so much room, of which the bytes of clients take some."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(sync=False)
+        self.room = self.least = room
+        self.of_clients: Set[int] = set()
+        self.mutex = threading.Lock()
+
+    def open(self, path: str, flags: int) -> int:
+        fd = super().open(path, flags)
+        (self.of_clients.discard, self.of_clients.add)[
+            path.endswith((".data", ".part"))
+        ](fd)
+        return fd
+
+    def write(self, fd: int, block: Any, offset: int) -> None:
+        with self.mutex:
+            self.room -= len(block) * (fd in self.of_clients)
+            self.least = min(self.least, self.room)
+        time.sleep(0.001)
+        super().write(fd, block, offset)
+
+    def free_space(self, path: str) -> int:
+        return self.room
+
+
+def all_at_once(tasks: Sequence[Any]) -> List[Any]:
+    """Run functions in a thread each; return what they returned, in no order."""
+    start, found = threading.Barrier(len(tasks)), []
+
+    def run(task: Any) -> None:
+        start.wait(PATIENCE)
+        found.append(task())
+
+    threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    return found
+
+
+class CrowdTest(unittest.TestCase):
+    """Limits, functions and answers when many come at once."""
+
+    def test_no_more_uploads_begin_than_may(self) -> None:
+        for library in ("flow.js", "Dropzone", "Plupload"):
+            with self.subTest(library), application(max_uploads=5) as app:
+                tasks = []
+                for n in range(60):
+                    own = {"dzuuid": f"{n:032x}"} if library == "Dropzone" else {}
+                    message = chunk_of(library, f"{n}", noise(25), **own)
+                    tasks.append(lambda m=message: send(app, *m).status)
+                statuses = collections.Counter(all_at_once(tasks))
+                self.assertEqual(statuses, {200: 5, 413: 55})
+                self.assertEqual((app.store.open_uploads, len(leftovers(app))), (5, 5))
+
+    def test_new_version_of_a_finished_file_is_an_upload_too(self) -> None:
+        with application(max_uploads=2) as app:
+            for name in "abc":
+                in_chunks("flow.js", 10, app, name, noise(25, 1))
+            again = [chunk_of("flow.js", name, noise(25, 2)) for name in "abc"]
+            statuses = [send(app, *message).status for message in again]
+            self.assertEqual((statuses, app.store.open_uploads), ([200, 200, 413], 2))
+
+    def test_free_space_never_falls_below_the_floor(self) -> None:
+        for way in ("flow.js", "form", "PUT", "tus", "FilePond, one PATCH", "Plupload"):
+            disk = FallingDisk(10_000)
+            with temporary_folder() as folder:
+                store = Store(folder, disk=disk, min_free_space=9_000)
+                with self.subTest(way), application(store=store) as app:
+                    tasks = [
+                        functools.partial(WAYS[way], app, f"{n}", noise(95))
+                        for n in range(40)
+                    ]
+                    statuses = collections.Counter(a.status for a in all_at_once(tasks))
+                    self.assertGreaterEqual(disk.least, 9_000)
+                    self.assertLessEqual(set(statuses), {200, 204, 413, 503})
+                    stored = statuses[200] + statuses[204]
+                    self.assertEqual(len(finished_files(app)), stored)
+
+    def test_functions_of_the_program_wait_until_it_is_made(self) -> None:
+        """What a crash left is told by the first tidy(), to one process at a time."""
+        with application(on_complete=mock.Mock(side_effect=Killed)) as app:
+            for name in "ab":
+                with self.assertRaises(Killed):
+                    in_chunks("flow.js", 10, app, name, noise(25))
+            gc.collect()
+            told: List[str] = []
+
+            def complete(done: Any) -> None:
+                time.sleep(0.02)
+                told.append(done.relative_path)
+
+            apps = [UploadApp(app.settings, on_complete=complete) for _ in "123"]
+            self.assertEqual(told, [])
+            all_at_once([one.tidy for one in apps])
+            for one in apps:
+                one.sweep()
+            self.assertEqual(sorted(told), ["a", "b"])
+
+    def test_chunk_that_completes_a_file_is_answered_last(self) -> None:
+        """flow.js hands on the last answer that it sees, which should name the file."""
+        order, hold = [], threading.Event()
+        commit = flowserver.Body.commit
+
+        def slowly(body: Any, *rest: Any) -> Any:
+            progress = commit(body, *rest)
+            if body.start == 0:
+                hold.set()
+                time.sleep(0.1)
+            return progress
+
+        def give(index: int) -> None:
+            answer = send(app, *chunk_of("flow.js", "a", noise(25), index))
+            order.append(answer.json["status"])
+
+        with application() as app, mock.patch.object(flowserver.Body, "commit", slowly):
+            give(1)
+            first = threading.Thread(target=give, args=(0,))
+            first.start()
+            hold.wait(PATIENCE)
+            give(2)
+            first.join(PATIENCE)
+        self.assertEqual(order, ["partial", "partial", "complete"])
 
 
 def lies_inside(where: Union[FlowServer, UploadApp], folder: str) -> None:
@@ -5141,6 +7316,56 @@ class WsgiTest(unittest.TestCase):
             self.assertEqual(posted.json["path"], "a")
             self.assertEqual(self.call(app, Message("GET", "/other")).status, 204)
 
+    def test_chunks_go_to_any_address_and_are_cancelled_below_it(self) -> None:
+        """A 404 to its test would be the end of flow.js's upload."""
+        with application() as app:
+            for mount, path in itertools.product(("", "/m"), ("/upload", "/x", "/x/y")):
+                with self.subTest(mount, path=path):
+                    where = {"SCRIPT_NAME": mount}
+                    for method in ("GET", "DELETE"):
+                        asked = browser("a", noise(25), 1, 10, "test", method, path)
+                        self.assertEqual(self.call(app, asked, **where).status, 204)
+                    chunk = chunk_of("Fine Uploader", "a", noise(25))
+                    self.call(app, chunk._replace(path=path), **where)
+                    gone = self.call(app, Message("DELETE", f"{path}/{UUID}"), **where)
+                    self.assertEqual((gone.status, leftovers(app)), (204, {}))
+
+    def test_whole_files_have_paths_below_the_mount(self) -> None:
+        with application() as app:
+            for path in ("/upload/d/a", "/d/b"):
+                message = Message("PUT", path, b"x")
+                answer = self.call(app, message, SCRIPT_NAME="/m")
+                self.assertEqual(answer.status, 200)
+            self.assertEqual(set(finished_files(app)), {"d/a", "d/b"})
+
+    def test_upload_of_tus_lives_where_it_is_told_to(self) -> None:
+        head = {"Tus-Resumable": "1.0.0", "Upload-Length": "9"}
+        paths = (
+            "/upload",
+            "/upload/",
+            "/x",
+            "/x/y/",
+            "",
+            "/",
+            "/\u65e5",
+            "/a:b",
+            "/a\r\nb",
+        )
+        with application() as app:
+            for mount, path in itertools.product(("", "/m", "/fil\xc3\xa4es"), paths):
+                with self.subTest(mount, path=path):
+                    where = {"SCRIPT_NAME": mount}
+                    made = self.call(app, Message("POST", path, b"", head), **where)
+                    self.assertEqual(made.status, 201)
+                    seen = urllib.parse.quote(mount, encoding="latin-1")
+                    place = urllib.parse.urljoin(
+                        f"http://h{seen}{urllib.parse.quote(path) or ''}",
+                        made.headers["location"],
+                    )
+                    there = urllib.parse.unquote(place[8 + len(seen) :])
+                    asked = self.call(app, Message("HEAD", there, b"", head), **where)
+                    self.assertEqual(asked.headers["upload-offset"], "0")
+
     def test_paths_count_when_the_mount_is_all_there_is(self) -> None:
         with application(any_path=False) as app:
             for path, status in (("/other", 404), ("/upload", 204), ("/", 200)):
@@ -5201,6 +7426,33 @@ class WsgiTest(unittest.TestCase):
             self.assertEqual(answer.status, 415)
             self.assertIn("how long", answer.json["error"])
             self.assertEqual(finished_files(app), {})
+
+    def test_coding_that_nobody_decoded_is_refused(self) -> None:
+        """Some servers hand on the frames of a chunked body as its bytes."""
+        message, frames = Message("PUT", "/upload/a"), b"5\r\nbytes\r\n0\r\n\r\n"
+        how = {"HTTP_TRANSFER_ENCODING": "chunked", "CONTENT_LENGTH": "5"}
+        with application() as app:
+            for body, more in (
+                (frames, {}),
+                (b"bytes", {"wsgi.input_terminated": True}),
+            ):
+                environ = {**how, **more, "wsgi.input": io.BytesIO(body)}
+                answer = self.call(app, message, **environ)
+                self.assertEqual(answer.status, 200 if more else 411)
+            self.assertEqual(finished_files(app), {"a": b"bytes"})
+
+    def test_view_of_a_framework_answers_whatever_the_path(self) -> None:
+        with application(any_path=False) as app:
+            for path in ("/", "/health", "/upload", "/a/b", "/sample/x"):
+                for method, body, status in (("GET", b"", 204), ("POST", b"x", 400)):
+                    environ = {
+                        "REQUEST_METHOD": method,
+                        "PATH_INFO": path,
+                        "CONTENT_LENGTH": str(len(body)),
+                        "wsgi.input": io.BytesIO(body),
+                    }
+                    wsgiref.util.setup_testing_defaults(environ)
+                    self.assertEqual(app.answer(environ).status, status, path)
 
     def test_missing_length_is_an_empty_body(self) -> None:
         with application() as app:
