@@ -2790,13 +2790,13 @@ class Body:
         """Let go; of what was not recorded nothing counts."""
         if self._whole:
             self._whole.close()
+        if self._data:  # before it may be removed
+            self._data.close()
         if self._generation and not self._published and not self._is_recorded:
             with contextlib.suppress(FlowError, OSError):
                 with self._uploads.entered(self.upload.key) as ledger:
                     if ledger and ledger.state.generation == self._generation:
                         self._give_back(ledger)
-        if self._data:
-            self._data.close()
         self._give_room(self._reserved)
         self._uploads.expected.end(self)
 

@@ -3048,7 +3048,8 @@ class StoreTest(StoreCase):
             store.open(upload_of(self.data, "b.bin"))
         store.forget(upload_of(self.data).key)
         store.count()
-        self.assertEqual((store.open_uploads, self.state()), (0, []))
+        self.assertEqual((store.open_uploads, self.sizes("")), (0, []))
+        self.assertEqual(self.state(".data"), [])
 
     def test_count_is_right_while_uploads_begin(self) -> None:
         for sweeps in (True, False):
