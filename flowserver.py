@@ -2525,6 +2525,8 @@ class Body:
         self._failures = 0  # of flushes, until then
         self._reserved = 0  # bytes of room on the disk
         self._is_recorded = False
+        self._is_closed = False
+        self._closing = threading.Lock()
         uploads.expected.begin(self)
 
     def __enter__(self) -> Body:
@@ -2722,10 +2724,14 @@ class Body:
     # Ends
 
     def checkpoint(self) -> None:
-        """Record what has come so far, durably, and go on; only in place."""
-        if self._data and not self._published:
-            with explained():
-                self._record(is_end=False)
+        """Record what has come so far, durably, and go on; only in place.
+
+        Others may ask for this; a file that is gone by then is no failure of the disk.
+        """
+        with self._closing:
+            if self._data and not (self._published or self._is_closed):
+                with explained():
+                    self._record(is_end=False)
 
     def commit(self, fields: Mapping[str, str] | None = None) -> Progress:
         """Record the bytes; raises Truncated, Conflict or Trouble, having done nothing.
@@ -2790,8 +2796,10 @@ class Body:
         """Let go; of what was not recorded nothing counts."""
         if self._whole:
             self._whole.close()
-        if self._data:  # before it may be removed
-            self._data.close()
+        with self._closing:
+            self._is_closed = True
+            if self._data:  # before it may be removed
+                self._data.close()
         if self._generation and not self._published and not self._is_recorded:
             with contextlib.suppress(FlowError, OSError):
                 with self._uploads.entered(self.upload.key) as ledger:

@@ -3051,6 +3051,18 @@ class StoreTest(StoreCase):
         self.assertEqual((store.open_uploads, self.sizes("")), (0, []))
         self.assertEqual(self.state(".data"), [])
 
+    def test_looking_at_a_body_that_ends_disturbs_no_other(self) -> None:
+        """A failed flush would be taken for lost bytes of all that are under way."""
+        upload, there = upload_of(self.data), self.store._uploads.expected
+        body = self.store.receive(upload, 0, 300, is_kept=True)
+        other = self.store.receive(upload_of(self.data, "b.bin"), 0, 300)
+        with mock.patch.object(there, "bodies", return_value=[body]):
+            body.close()
+            self.store.status(upload.key)
+        other.write(self.data[:300])
+        self.assertEqual(other.commit().received, 300)
+        other.close()
+
     def test_count_is_right_while_uploads_begin(self) -> None:
         for sweeps in (True, False):
             limit = 20 + 20 * sweeps
