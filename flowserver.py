@@ -4978,12 +4978,19 @@ class Tus:
         return (("Upload-Expires", when),) if seconds else ()
 
 
-def _offset_of(status: Status) -> int:
-    """Return the bytes that are stored from the beginning on."""
+def _offset_of(status: Status, last: int = 1) -> int:
+    """Return the bytes that are stored from the beginning on.
+
+    After a crash all may be there and the file have no name yet: of that the `last`
+    bytes are asked for again, so that a request comes, which finishes it.
+    """
+    size = status.upload.size
     if status.is_finished:
-        return status.upload.size
-    first = status.stored[0] if status.stored else (0, 0)
-    return first[1] if first[0] == 0 else 0
+        return size
+    start, end = status.stored[0] if status.stored else (0, 0)
+    if start == 0 and end == size:
+        return max(size - last, 0)
+    return 0 if start else end
 
 
 class _Checksum:
@@ -5068,7 +5075,7 @@ class FilePond:
         if request.method != "HEAD":
             raise BadMethod("Chunks are sent with PATCH.")
         status = self._store.status(self._upload(request, content.given["patch"]).key)
-        offset = _offset_of(status) if status else 0
+        offset = _offset_of(status, status.upload.size) if status else 0
         return Response(200, (("Upload-Offset", str(offset)),), b"")
 
     def _upload(self, request: Request, identifier: str, name: str = "") -> Upload:

@@ -4682,6 +4682,22 @@ class TusTest(unittest.TestCase):
                 self.assertEqual(client.offset(), 250)
                 self.assertEqual(finished_files(app), {"a": client.data})
 
+    def test_what_a_crash_left_without_a_name_is_not_told_to_be_complete(self) -> None:
+        """The client would not come again, and the file wait for the next sweep."""
+        client, pond = self.client, FilePondClient(self.app, noise(25), "b")
+        client.create(), pond.begin()
+        for give, end in ((client.patch, 250), (pond.patch, 25)):
+            with killed_before("publish"), self.assertRaises(Killed):
+                give(0, end)
+        client.where = pond.where = UploadApp(self.app.settings)
+        with mock.patch.object(client.where, "tidy"):
+            self.assertEqual((client.offset(), pond.offset()), (249, 0))
+            self.assertEqual(client.patch(249, 250).status, 204)
+            self.assertEqual(pond.patch(0, 25).status, 200)
+            self.assertEqual((client.offset(), pond.offset()), (250, 25))
+        files = {"a": client.data, "b": pond.data}
+        self.assertEqual(finished_files(self.app), files)
+
     def test_limits_hold_at_the_creation(self) -> None:
         with application(max_file_size=249) as app:
             self.assertEqual(TusClient(app).create().status, 413)
