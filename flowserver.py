@@ -1082,7 +1082,8 @@ def parse_chunk(
     names = (identifier, filename or path, path)
     upload = Chunk(*names, -1, 0, -1, row.is_random, row.is_in_order)
     if not parameters.get(row.number or row.start):  # the whole file, or no chunk
-        is_piece = parameters.get(row.start) or parameters.get(row.length)
+        places = (row.start, row.length)
+        is_piece = row.nominal or any(parameters.get(name) for name in places)
         if is_piece and not row.has_tests:
             raise Malformed(f"The chunk has no {row.number}.")
         is_said = row.has_tests or parameters.get(row.total)
@@ -3726,7 +3727,7 @@ def files_page(status: int, files: Iterable[Mapping[str, object]]) -> Response:
     )
     body = (
         "<!doctype html><meta name=viewport content='width=device-width'>"
-        f"<title>Upload</title><ul>{rows}</ul><p><a href=''>Send more</a>"
+        f"<title>Upload</title><ul>{rows}</ul>"
     )
     return html_response(status, body, "default-src 'none'")
 

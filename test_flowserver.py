@@ -1776,6 +1776,9 @@ class LibraryTest(unittest.TestCase):
             for text in (None, ""):
                 with self.assertRaisesRegex(flowserver.Malformed, index):
                     understood(library, 1, **{index: text})
+        said: Dict[str, None] = dict.fromkeys(DIALECTS["Dropzone"].names[3:])
+        with self.assertRaises(flowserver.Malformed):  # it marks nothing else
+            understood("Dropzone", **said)
 
     def test_plupload_with_chunk_numbers_is_told_what_to_set(self) -> None:
         for chunk, chunks in (("0", "3"), ("1", "3"), ("0", "x"), ("1", "1")):
@@ -4008,7 +4011,8 @@ class WholeFileTest(unittest.TestCase):
                     b"_b_&amp;&#x27;x" if status == 200 else b"&lt;b&gt;&amp;&#x27;x"
                 )
                 self.assertIn(b"<li>" + shown, answer.body)
-                self.assertEqual(b"stored" in answer.body, True)
+                self.assertIn(b"stored", answer.body)
+                self.assertNotIn(b"href", answer.body)  # here is nothing to see
             nothing = send(app, *form({}, headers=self.PAGE))
             self.assertIn(b"<li>: There is no file in the form.", nothing.body)
             refused = dict(self.PAGE, Origin="http://evil.example")
