@@ -2797,7 +2797,7 @@ class Body:
         """Let go; of what was not recorded nothing counts."""
         if self._whole:
             self._whole.close()
-        with self._closing:
+        with self._closing, contextlib.suppress(OSError):  # the rest must be done
             self._is_closed = True
             if self._data:  # before it may be removed
                 self._data.close()
