@@ -1145,8 +1145,8 @@ def _check_count(chunk: Chunk, count: int, number: int, nominal: int) -> None:
     fewest, most = count, count
     if nominal:
         fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
-    is_one = fewest <= count <= most and (number > 0) == (chunk.start > 0)
-    if not is_one or number >= count or (number == count - 1) != (end == size):
+    fits = fewest <= count <= most and (number > 0) == (chunk.start > 0)
+    if not fits or number >= count or (number == count - 1) != (end == size):
         raise Malformed(
             f"Chunk {number + 1} of {count} does not go with bytes {chunk.start} to"
             f" {end} of {size}."
@@ -5077,7 +5077,7 @@ class FilePond:
             raise BadMethod("Chunks are sent with PATCH.")
         status = self._store.status(self._upload(request, content.given["patch"]).key)
         offset = _offset_of(status, status.upload.size) if status else 0
-        return Response(200, (("Upload-Offset", str(offset)),), b"")
+        return text_response(200, "").with_headers(("Upload-Offset", str(offset)))
 
     def _upload(self, request: Request, identifier: str, name: str = "") -> Upload:
         match = _FILEPOND_ID.fullmatch(identifier)

@@ -7132,6 +7132,22 @@ class WsgiTest(unittest.TestCase):
                     self.assertEqual(self.call(app, message).status, 200)
             self.assertEqual(finished_files(app), {"a": noise(25), "b": noise(25)})
 
+    def test_every_way_in_is_valid(self) -> None:
+        def through(where: Any, *words: Any, **rest: Any) -> Answer:
+            return self.call(where, Message(*words))
+
+        with application() as app, mock.patch.dict(globals(), send=through):
+            for name, way in WAYS.items():
+                with self.subTest(name):
+                    self.assertLess(way(app, name, noise(25)).status, 300)
+            pond, tus = FilePondClient(app), TusClient(app)
+            pond.begin(), tus.create()
+            self.assertEqual((pond.offset(), tus.offset()), (0, 0))
+            self.assertEqual(
+                (pond.delete().status, tus.ask("DELETE").status), (204, 204)
+            )
+            self.assertEqual(set(finished_files(app)), set(WAYS))
+
     def test_every_kind_of_answer_is_valid(self) -> None:
         with application() as app:
             for message, status in (
