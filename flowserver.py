@@ -1088,7 +1088,8 @@ def parse_chunk(
     names = (identifier, filename or path, path)
     upload = Chunk(*names, -1, 0, -1, row.is_random, row.is_in_order)
     if not parameters.get(row.number or row.start):  # the whole file, or no chunk
-        is_piece = parameters.get(row.start) or parameters.get(row.length)
+        places = (row.start, row.length)
+        is_piece = row.nominal or any(parameters.get(name) for name in places)
         if is_piece and not row.has_tests:
             raise Malformed(f"The chunk has no {row.number}.")
         is_said = row.has_tests or parameters.get(row.total)
@@ -1150,8 +1151,8 @@ def _check_count(chunk: Chunk, count: int, number: int, nominal: int) -> None:
     fewest, most = count, count
     if nominal:
         fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
-    is_one = fewest <= count <= most and (number > 0) == (chunk.start > 0)
-    if not is_one or number >= count or (number == count - 1) != (end == size):
+    fits = fewest <= count <= most and (number > 0) == (chunk.start > 0)
+    if not fits or number >= count or (number == count - 1) != (end == size):
         raise Malformed(
             f"Chunk {number + 1} of {count} does not go with bytes {chunk.start} to"
             f" {end} of {size}."
@@ -2539,6 +2540,8 @@ class Body:
         self._failures = 0  # of flushes, until then
         self._reserved = 0  # bytes of room on the disk
         self._is_recorded = False
+        self._is_closed = False
+        self._closing = threading.Lock()
         uploads.expected.begin(self)
 
     def __enter__(self) -> Body:
@@ -2736,10 +2739,14 @@ class Body:
     # Ends
 
     def checkpoint(self) -> None:
-        """Record what has come so far, durably, and go on; only in place."""
-        if self._data and not self._published:
-            with explained():
-                self._record(is_end=False)
+        """Record what has come so far, durably, and go on; only in place.
+
+        Others may ask for this; a file that is gone by then is no failure of the disk.
+        """
+        with self._closing:
+            if self._data and not (self._published or self._is_closed):
+                with explained():
+                    self._record(is_end=False)
 
     def commit(self, fields: Mapping[str, str] | None = None) -> Progress:
         """Record the bytes; raises Truncated, Conflict or Trouble, having done nothing.
@@ -2804,12 +2811,14 @@ class Body:
         """Let go; of what was not recorded nothing counts."""
         if self._whole:
             self._whole.close()
+        with self._closing, contextlib.suppress(OSError):  # the rest must be done
+            self._is_closed = True
+            if self._data:  # before it may be removed
+                self._data.close()
         if self._generation and not self._published and not self._is_recorded:
             with contextlib.suppress(FlowError, OSError):
                 with self._uploads.entered(self.upload.key) as ledger:
                     self._give_back(ledger)
-        if self._data:
-            self._data.close()
         self._give_room(self._reserved)
         self._uploads.expected.end(self)
 
@@ -3757,7 +3766,7 @@ def files_page(status: int, files: Iterable[Mapping[str, object]]) -> Response:
     )
     body = (
         "<!doctype html><meta name=viewport content='width=device-width'>"
-        f"<title>Upload</title><ul>{rows}</ul><p><a href=''>Send more</a>"
+        f"<title>Upload</title><ul>{rows}</ul>"
     )
     return html_response(status, body, "default-src 'none'")
 
@@ -5048,12 +5057,19 @@ class Tus:
         return (("Upload-Expires", when),) if seconds else ()
 
 
-def _offset_of(status: Status) -> int:
-    """Return the bytes that are stored from the beginning on."""
+def _offset_of(status: Status, last: int = 1) -> int:
+    """Return the bytes that are stored from the beginning on.
+
+    After a crash all may be there and the file have no name yet: of that the `last`
+    bytes are asked for again, so that a request comes, which finishes it.
+    """
+    size = status.upload.size
     if status.is_finished:
-        return status.upload.size
-    first = status.stored[0] if status.stored else (0, 0)
-    return first[1] if first[0] == 0 else 0
+        return size
+    start, end = status.stored[0] if status.stored else (0, 0)
+    if start == 0 and end == size:
+        return max(size - last, 0)
+    return 0 if start else end
 
 
 class _Checksum:
@@ -5138,8 +5154,8 @@ class FilePond:
         if request.method != "HEAD":
             raise BadMethod("Chunks are sent with PATCH.")
         status = self._store.status(self._upload(request, content.given["patch"]).key)
-        offset = _offset_of(status) if status else 0
-        return Response(200, (("Upload-Offset", str(offset)),), b"")
+        offset = _offset_of(status, status.upload.size) if status else 0
+        return text_response(200, "").with_headers(("Upload-Offset", str(offset)))
 
     def _upload(self, request: Request, identifier: str, name: str = "") -> Upload:
         match = _FILEPOND_ID.fullmatch(identifier)

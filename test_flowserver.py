@@ -1828,6 +1828,9 @@ class LibraryTest(unittest.TestCase):
             for text in (None, ""):
                 with self.assertRaisesRegex(flowserver.Malformed, index):
                     understood(library, 1, **{index: text})
+        said: Dict[str, None] = dict.fromkeys(DIALECTS["Dropzone"].names[3:])
+        with self.assertRaises(flowserver.Malformed):  # it marks nothing else
+            understood("Dropzone", **said)
 
     def test_plupload_with_chunk_numbers_is_told_what_to_set(self) -> None:
         for chunk, chunks in (("0", "3"), ("1", "3"), ("0", "x"), ("1", "1")):
@@ -3102,6 +3105,18 @@ class StoreTest(StoreCase):
         store.count()
         self.assertEqual((store.open_uploads, self.sizes("")), (0, []))
 
+    def test_looking_at_a_body_that_ends_disturbs_no_other(self) -> None:
+        """A failed flush would be taken for lost bytes of all that are under way."""
+        upload, there = upload_of(self.data), self.store._uploads.expected
+        body = self.store.receive(upload, 0, 300, is_kept=True)
+        other = self.store.receive(upload_of(self.data, "b.bin"), 0, 300)
+        with mock.patch.object(there, "bodies", return_value=[body]):
+            body.close()
+            self.store.status(upload.key)
+        other.write(self.data[:300])
+        self.assertEqual(other.commit().received, 300)
+        other.close()
+
     def test_count_is_right_while_uploads_begin(self) -> None:
         for sweeps in (True, False):
             limit = 20 + 20 * sweeps
@@ -4047,7 +4062,8 @@ class WholeFileTest(unittest.TestCase):
                     b"_b_&amp;&#x27;x" if status == 200 else b"&lt;b&gt;&amp;&#x27;x"
                 )
                 self.assertIn(b"<li>" + shown, answer.body)
-                self.assertEqual(b"stored" in answer.body, True)
+                self.assertIn(b"stored", answer.body)
+                self.assertNotIn(b"href", answer.body)  # here is nothing to see
             nothing = send(app, *form({}, headers=self.PAGE))
             self.assertIn(b"<li>: There is no file in the form.", nothing.body)
             refused = dict(self.PAGE, Origin="http://evil.example")
@@ -4720,6 +4736,22 @@ class TusTest(unittest.TestCase):
                 client.where = again
                 self.assertEqual(client.offset(), 250)
                 self.assertEqual(finished_files(app), {"a": client.data})
+
+    def test_what_a_crash_left_without_a_name_is_not_told_to_be_complete(self) -> None:
+        """The client would not come again, and the file wait for the next sweep."""
+        client, pond = self.client, FilePondClient(self.app, noise(25), "b")
+        client.create(), pond.begin()
+        for give, end in ((client.patch, 250), (pond.patch, 25)):
+            with killed_before("publish"), self.assertRaises(Killed):
+                give(0, end)
+        client.where = pond.where = UploadApp(self.app.settings)
+        with mock.patch.object(client.where, "tidy"):
+            self.assertEqual((client.offset(), pond.offset()), (249, 0))
+            self.assertEqual(client.patch(249, 250).status, 204)
+            self.assertEqual(pond.patch(0, 25).status, 200)
+            self.assertEqual((client.offset(), pond.offset()), (250, 25))
+        files = {"a": client.data, "b": pond.data}
+        self.assertEqual(finished_files(self.app), files)
 
     def test_limits_hold_at_the_creation(self) -> None:
         with application(max_file_size=249) as app:
@@ -7281,6 +7313,22 @@ class WsgiTest(unittest.TestCase):
                     message = browser(name, noise(25), number, 10, mode)
                     self.assertEqual(self.call(app, message).status, 200)
             self.assertEqual(finished_files(app), {"a": noise(25), "b": noise(25)})
+
+    def test_every_way_in_is_valid(self) -> None:
+        def through(where: Any, *words: Any, **rest: Any) -> Answer:
+            return self.call(where, Message(*words))
+
+        with application() as app, mock.patch.dict(globals(), send=through):
+            for name, way in WAYS.items():
+                with self.subTest(name):
+                    self.assertLess(way(app, name, noise(25)).status, 300)
+            pond, tus = FilePondClient(app), TusClient(app)
+            pond.begin(), tus.create()
+            self.assertEqual((pond.offset(), tus.offset()), (0, 0))
+            self.assertEqual(
+                (pond.delete().status, tus.ask("DELETE").status), (204, 204)
+            )
+            self.assertEqual(set(finished_files(app)), set(WAYS))
 
     def test_every_kind_of_answer_is_valid(self) -> None:
         with application() as app:
