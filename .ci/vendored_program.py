@@ -7,23 +7,35 @@ from typing import Optional
 from wsgiref.simple_server import make_server
 
 from flowserver import (
+    Body,
+    Conflict,
     Disk,
     Done,
     FlowError,
     FlowHandler,
     FlowHandlerMixin,
     FlowServer,
+    Forbidden,
     Incoming,
+    Malformed,
     MultipartParser,
     Part,
+    Progress,
     Request,
     Response,
     Settings,
+    SettingsError,
     Store,
+    TooLarge,
+    Trouble,
+    Truncated,
+    Unauthorized,
     Upload,
     UploadApp,
     boundary_of,
     create_app,
+    find_config,
+    load_settings,
     main,
     safe_path,
     upload_key,
@@ -32,6 +44,10 @@ from flowserver import (
 
 
 def authorize(request: Request) -> Optional[str]:
+    if "x-user" not in request.headers:
+        raise Unauthorized("Log in first.")
+    if request.client.startswith("192.0.2."):
+        raise Forbidden("Not from there.")
     return None if request.headers.get("x-user") else "Log in first."
 
 
@@ -67,11 +83,18 @@ def keep(content: bytes) -> str:
     store = Store("uploads", disk=Disk(sync=True), announce=arrived)
     key = upload_key("ann", "", "a", path, len(content))
     upload = Upload(key, path, len(content), owner="ann", identifier="a")
-    with store.receive(upload, 0, len(content)) as body:
-        body.write(content)
-        progress = body.commit({"project": "one"})
+    try:
+        with store.receive(upload, 0, len(content)) as body:
+            progress = stored(body, content)
+    except (Conflict, Malformed, TooLarge, Trouble, Truncated) as error:
+        return f"{error} ({error.status})"
     received: int = progress.received
     return progress.done.path if progress.done else f"{received} bytes"
+
+
+def stored(body: Body, content: bytes) -> Progress:
+    body.write(content)
+    return body.commit({"project": "one"})
 
 
 def parts(content_type: str, body: bytes) -> list[str]:
@@ -96,6 +119,10 @@ class OwnHandler(FlowHandler):
 
 
 def serve() -> int:
+    try:
+        print(load_settings(find_config(None), {"port": "0"}).port + 1)
+    except SettingsError as error:
+        print(error)
     app = create_app("conf.ini")
     with FlowServer(app, OwnHandler) as server:
         print(server.url.upper())
