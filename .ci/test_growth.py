@@ -96,9 +96,7 @@ class GrowthTest(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
 
     def store(self, disk: CountingDisk) -> Any:
-        store = flowserver.Store(os.path.join(self.folder, "uploads"), disk=disk)
-        self.addCleanup(store.close)
-        return store
+        return flowserver.Store(os.path.join(self.folder, "uploads"), disk=disk)
 
     def assert_no_dearer(self, late: Any, early: Any, factor: float = 1.5) -> None:
         """Compare counted calls: each kind may have grown by a factor and a few."""
@@ -110,7 +108,7 @@ class GrowthTest(unittest.TestCase):
 
 def upload_of(name: str, size: int) -> Any:
     key = flowserver.upload_key("", "", name, name, size)
-    return flowserver.Upload(key, name, size, "", name, name)
+    return flowserver.Upload(key, name, size, "", name)
 
 
 def put(store: Any, upload: Any, start: int, block: bytes | memoryview) -> Any:
