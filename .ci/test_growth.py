@@ -285,6 +285,19 @@ class OpenUploadsTest(GrowthTest):
         self.assertLess(number_of(disk.calls), 3 * 20 * self.COUNT)
         print(f"{best_seconds(costs):.2f} s to start with {self.COUNT:,} open uploads")
 
+    def test_chunk_40_costs_what_chunk_10_costs_in_1000_uploads_by_turns(self) -> None:
+        """As many as max_connections: what is known of each must not be read anew."""
+        disk = CountingDisk()
+        store = self.store(disk)
+        uploads = [upload_of(f"{number}.bin", 10**6) for number in range(1000)]
+
+        def put_each(number: int) -> None:
+            for upload in uploads:
+                put(store, upload, number * 10, b"ten bytes.")
+
+        calls = [calls_of(disk, lambda n=n: put_each(n)) for n in range(41)]
+        self.assert_no_dearer(calls[40], calls[10])
+
 
 class NamesTest(GrowthTest):
     COUNT = 10_000
