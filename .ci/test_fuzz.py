@@ -387,7 +387,6 @@ class AppFuzzTest(unittest.TestCase):
             upload_dir=self.folder, sync=False, min_free_space=0, max_file_size="1M"
         )
         self.app = flowserver.UploadApp(values)
-        self.addCleanup(self.app.close)
 
     def test_every_request_has_an_answer_and_a_reason(self) -> None:
         log = logging.getLogger("flowserver")

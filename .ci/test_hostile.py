@@ -2575,7 +2575,6 @@ class PublicHostTest(unittest.TestCase):
     def test_names_that_are_set_are_the_only_ones(self) -> None:
         upload_dir = Path(tempfile.mkdtemp(dir=folder))
         app = UploadApp(Settings(upload_dir=upload_dir, allow_hosts="files.example"))
-        self.addCleanup(app.close)
         for host, status in (
             ("files.example:8000", 200),
             ("evil.example", 403),
@@ -2602,7 +2601,6 @@ class ProxyTest(unittest.TestCase):
                 **settings,
             )
         )
-        self.addCleanup(app.close)
         return app
 
     def ask(
@@ -2886,13 +2884,9 @@ class ResourceTest(Attack):
     def app(self, disk: flowserver.Disk | None = None, **settings: object) -> Any:
         self.upload_dir = Path(tempfile.mkdtemp(dir=folder))
         self.now = 0.0
-        store = flowserver.Store(
-            str(self.upload_dir), disk=disk or flowserver.Disk(False)
-        )
+        store = disk and flowserver.Store(str(self.upload_dir), disk=disk)
         values = Settings(upload_dir=self.upload_dir, sync=False, **settings)
-        app = UploadApp(values, store=store, clock=lambda: self.now)
-        self.addCleanup(app.close)
-        return app
+        return UploadApp(values, store=store, clock=lambda: self.now)
 
     def send(self, app: UploadApp, name: str, body: bytes = b"hello") -> Any:
         query = chunk_query(

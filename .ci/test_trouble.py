@@ -51,7 +51,7 @@ def put(store: Any, file: File, number: int) -> Any:
     """Store one chunk, as the application does."""
     size, identifier = len(file.data), file.identifier or file.path
     key = flowserver.upload_key("", "", identifier, file.path, size)
-    upload = flowserver.Upload(key, file.path, size, "", identifier, file.path)
+    upload = flowserver.Upload(key, file.path, size, "", identifier)
     with store.receive(upload, *file.edges(number)) as body:
         body.write(file.body(number))
         return body.commit()
@@ -346,7 +346,6 @@ class AnyCallTest(TroubleCase):
                     let_an_hour_pass(self.folder)
                     later = flowserver.Store(str(self.folder), announce=print)
                     later.sweep(1e9, 1e9)
-                    later.close()
                     self.assert_stored_once(self.folder, [one.data for one in files])
         print(f"\n{calls} calls failed, and all that followed", flush=True)
         self.assertGreater(calls, 3 * 100)
@@ -378,8 +377,6 @@ spec.loader.exec_module(flowserver)
 
 ON_A_FAKED_SYSTEM = """
 import random, threading
-disk = flowserver.Disk()
-disk.unlinks_open = False
 # An open file can be neither renamed nor removed, and virus scanners come by.
 open_paths, count, scanned = {}, [0], set()
 names = ("open", "close", "unlink", "replace", "rename")
@@ -408,13 +405,13 @@ for name in ("unlink", "replace", "rename"):
     setattr(os, name, guarded(name))
 os.name = "nt"
 root = sys.argv[2]
-store = flowserver.Store(root, disk=disk)
+store = flowserver.Store(root)
 files = {f"d/{i}.bin": random.Random(i).randbytes(900 + i) for i in range(24)}
 files.update({f"small{i}": bytes([i]) * i for i in range(6)})
 def upload_of(path):
     size = len(files[path])
     key = flowserver.upload_key("", "", "x", path, size)
-    return flowserver.Upload(key, path, size, "", "x", path)
+    return flowserver.Upload(key, path, size, "", "x")
 def send(path, low, high):
     with store.receive(upload_of(path), low, high) as body:
         body.write(files[path][low:high])

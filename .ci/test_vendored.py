@@ -142,9 +142,6 @@ class InProcessTest(VendoredCase):
         self.enterContext(contextlib.chdir(self.project.folder))
         names = {"__name__": "snippet", **given}
         exec(compile(snippet(name), f"README.md: {name}", "exec"), names)
-        uploads: Any = names.get("uploads")
-        if uploads is not None:
-            self.addCleanup(uploads.close)
         return names
 
     def post(self, chunk: Chunk, **headers: str) -> Any:
@@ -202,8 +199,7 @@ class InProcessTest(VendoredCase):
     def test_store(self) -> None:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            names = self.run_here("store")
-        names["store"].close()
+            self.run_here("store")
         self.assertEqual(printed.getvalue(), f"{self.project.upload_dir}/film.mkv\n")
         self.assert_stored({"film.mkv": b"0123456789"})
 
@@ -327,7 +323,6 @@ class WsgiTest(VendoredCase):
             upload_dir=str(self.project.upload_dir), allow_origins="https://a.example"
         )
         self.uploads = flowserver.UploadApp(settings)
-        self.addCleanup(self.uploads.close)
 
     def ask(
         self, method: str, path: str, query: str = "", body: bytes = b"", **more: Any
@@ -766,7 +761,6 @@ class S3Test(VendoredCase):
         spec.loader.exec_module(module)
         courier = module.Courier(self.s3.client, self.s3.bucket)
         store = module.flowserver.Store(str(self.project.folder / "uploads"))
-        self.addCleanup(store.close)
         return courier, lambda path: courier.deliver(path, store)
 
     def deliver_when_meanwhile(
