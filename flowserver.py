@@ -5,8 +5,8 @@ Run it, open the address that it prints, drop files on the page:
 
     python flowserver.py
 
-Point flow.js or resumable.js at it (``target: "http://127.0.0.1:8000/upload"``), or
-call it from your own program, with or without a web framework:
+Point an uploader at it (flow.js: ``target: "http://127.0.0.1:8000/upload"``), or call
+it from your own program, with or without a web framework:
 
     from flowserver import Settings, UploadApp
     uploads = UploadApp(Settings(upload_dir="uploads"), on_complete=print)
@@ -17,12 +17,14 @@ What was answered 200 is on disk, whole, once.  Chunks are written in place whil
 arrive, in any order and any number at a time; a file appears under its name at once
 and whole, or not at all.  Nothing but the standard library is imported.
 
-It does not list or hand out uploaded files, unpack archives, or speak tus.
+It speaks what flow.js, resumable.js, simple-uploader.js, Dropzone, Fine Uploader,
+Plupload, blueimp, react-uploady, Uppy, tus and FilePond send, forms, and PUT.  It does
+not list or hand out uploaded files, remove them, unpack archives, or speak S3.
 
 Glossary.  A *chunk* is a range of bytes of an upload; a *part* is a piece of a
 multipart body; a *block* is bytes as they came off the wire; a *range* is [start, end)
 in bytes; an *index* counts from 0, a *number* from 1; an *owner* is whose upload it is,
-a *sender* who sent a range of it.
+a *sender* who sends it when nobody owns it.
 """
 
 # Copyright (c) 2026 the flowserver founders
@@ -5454,9 +5456,10 @@ class UploadApp:
 
         For views of Django and the like, which have chosen the path.
         """
-        return self.handle(self._at_our_address(wsgi_request(environ)))
+        return self.handle(self.at_our_address(wsgi_request(environ)))
 
-    def _at_our_address(self, request: Request) -> Request:
+    def at_our_address(self, request: Request) -> Request:
+        """Return a request of a program's own address as one of the upload address."""
         address = self.settings.upload_path
         if request.path.startswith(address + "/"):
             return request
@@ -5481,7 +5484,7 @@ class UploadApp:
             response = Response(308, (("Location", place), kind), b"")
         else:
             if self._any_path and not _is_other_address(request):
-                request = self._at_our_address(request)
+                request = self.at_our_address(request)
             response = self.handle(request)
         headers = list(response.headers)
         if response.status != 204:
@@ -6037,17 +6040,19 @@ class FlowHandlerMixin:
         is_clear = len(lengths) == 1 and "transfer-encoding" not in headers
         length = parse_length(lengths[0]) if is_clear else -1
         body = CountingReader(self.rfile.read, length)
+        path, _, query = self.path.partition("?")
         request = Request(
             method=self.command,
-            path=self.uploads.settings.upload_path,
-            query=self.path.partition("?")[2],
+            path=urllib.parse.unquote(path, errors="replace"),
+            base=path.rpartition("/")[2],
+            query=query,
             headers=headers,
             length=length,
             read=body,
             client=self.client_address[0] if self.client_address else "",  # Unix socket
             scheme="https" if hasattr(self.connection, "getpeercert") else "http",
         )
-        response = self.uploads.handle(request)
+        response = self.uploads.handle(self.uploads.at_our_address(request))
         if body.left or length < 0:
             self.close_connection = True
         data = _response_bytes(self.command, response, not self.close_connection)
