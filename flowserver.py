@@ -4460,8 +4460,8 @@ class Intake:
         limit = getattr(self.settings, name)
         if limit and size > limit:
             raise TooLarge(
-                f"The {what} has {in_units(size)}; this server takes at most"
-                f" {in_units(limit)} ({name})."
+                f"The {what} is larger than {in_units(limit)}, which is the most that"
+                f" this server takes ({name})."
             )
 
     @property
@@ -4599,13 +4599,16 @@ class Chunks:
         """
         chunk = content.chunk(_NO_PART)
         upload = self._intake.upload(request, chunk)
-        if content.given.get("qqtotalparts") == "0":
+        parts = content.given.get("qqtotalparts")
+        if parts == "0":
             part = Part("", chunk.filename, "")
             return self._receive_files(request, content, part, chunk.path)
         status = self._store.status(upload.key)
-        if status is None or not status.is_finished:
+        # Of a file in one part nothing is known any more: it was stored as a whole.
+        if not (status.is_finished if status else parts == "1"):
             raise Conflict("This file is not complete; please send it again.")
-        return _success("complete", **_file_values(status.done) if status.done else {})
+        done = status.done if status else None
+        return _success("complete", **_file_values(done) if done else {})
 
     # Chunks
 

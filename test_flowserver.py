@@ -3871,6 +3871,22 @@ class ProtocolTest(unittest.TestCase):
             self.assertNotIn("bug", "".join(logs.output))
 
 
+class ClientsTest(unittest.TestCase):
+    """What the real libraries of .ci/test_clients.py stumbled on, one by one."""
+
+    def fine(self, app: UploadApp, **changes: object) -> Answer:
+        """Send what Fine Uploader sends after the last part of a file."""
+        values = {"qquuid": "6e1f", "qqfilename": "a", "qqtotalfilesize": 25, **changes}
+        body = urllib.parse.urlencode(values).encode()
+        kind = {"Content-Type": "application/x-www-form-urlencoded"}
+        return send(app, "POST", "/upload", body, kind)
+
+    def test_fine_uploader_ends_a_file_of_one_part(self) -> None:
+        with application() as app:
+            self.assertEqual(self.fine(app, qqtotalparts=1).status, 200)
+            self.assertEqual(self.fine(app, qqtotalparts=2).status, 409)
+
+
 class SenderTest(unittest.TestCase):
     """Who sends, when nobody says so: the browser, as it was first seen."""
 
