@@ -1090,7 +1090,7 @@ def parse_chunk(
     if row.nominal:
         _check_nominal(chunk, number, nominal)
         if parameters.get(row.chunks):
-            _check_count(integer(row.chunks), number, nominal, chunk.size)
+            _check_count(integer(row.chunks), number, nominal, chunk)
     return chunk
 
 
@@ -1125,13 +1125,16 @@ def _check_nominal(chunk: Chunk, number: int, nominal: int) -> None:
         )
 
 
-def _check_count(count: int, number: int, nominal: int, size: int) -> None:
+def _check_count(count: int, number: int, nominal: int, chunk: Chunk) -> None:
+    size, end = chunk.size, chunk.start + chunk.length
     fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
     if not fewest <= count <= most or number >= count:
         raise Malformed(
             f"Chunk {number + 1} of {count} does not go with {size} bytes in chunks of"
             f" {nominal}."
         )
+    if number == count - 1 and end < size:  # Dropzone, of a picture made smaller
+        raise Malformed(f"The last chunk ends at {end}, but the file at {size}.")
 
 
 # Names.  The rules of all systems hold on every system, so that a folder can move.
@@ -4641,7 +4644,9 @@ class Chunks:
         if content.given.get("qqresume") == "true" and not self._store.status(
             upload.key
         ):
-            return json_response(200, {"success": False, "reset": True})
+            complaint = "This upload is not known any more; please try again."
+            values = {"success": False, "reset": True, "error": complaint}
+            return json_response(200, values)
         upload = self._intake.placed(upload, content.other_fields())
         end, received = chunk.start + chunk.length, 0
         with self._store.receive(upload, chunk.start, end, chunk.is_in_order) as body:

@@ -3886,6 +3886,27 @@ class ClientsTest(unittest.TestCase):
             self.assertEqual(self.fine(app, qqtotalparts=1).status, 200)
             self.assertEqual(self.fine(app, qqtotalparts=2).status, 409)
 
+    def test_fine_uploader_is_told_why_it_begins_anew(self) -> None:
+        values = {"qqpartindex": 2, "qqpartbyteoffset": 20, "qqchunksize": 5}
+        values.update(qqtotalparts=3, qqtotalfilesize=25)
+        names = {"qqresume": "true", "qquuid": "6e1f", "qqfilename": "a"}
+        query = urllib.parse.urlencode({**values, **names})
+        with application() as app:
+            answer = send(app, "POST", "/upload?" + query, noise(5))
+            self.assertEqual((answer.status, leftovers(app)), (200, {}))
+            self.assertIs(answer.json["reset"], True)
+            self.assertIn("try again", answer.json["error"])
+
+    def test_last_chunk_must_be_the_end_of_the_file(self) -> None:
+        # Dropzone announces 35 bytes of a picture, which has 30 when it is smaller.
+        values = {"dzchunkindex": 2, "dztotalfilesize": 35, "dzchunksize": 10}
+        values.update(dztotalchunkcount=3, dzchunkbyteoffset=20)
+        with application() as app:
+            form = multipart({"dzuuid": "6e1f", **{name: str(n) for name, n in values.items()}}, noise(10))
+            kind = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+            answer = send(app, "POST", "/upload", form, kind)
+            self.assertEqual((answer.status, leftovers(app)), (400, {}))
+
 
 class SenderTest(unittest.TestCase):
     """Who sends, when nobody says so: the browser, as it was first seen."""

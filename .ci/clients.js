@@ -39,12 +39,16 @@ var requests = [], finished = [], failed = [], client;
   };
 })(XMLHttpRequest.prototype);
 
+function asText(value) {
+  return typeof value === 'string' ? value : JSON.stringify(value);
+}
+
 function succeeded(name, answer) {
-  finished.push({name: name, answer: answer});
+  finished.push({name: name, answer: asText(answer)});
 }
 
 function gaveUp(name, message) {
-  failed.push({name: name, message: typeof message === 'string' ? message : JSON.stringify(message)});
+  failed.push({name: name, message: asText(message)});
 }
 
 // Each returns what a page does with the library: add(files), and what else it can.
@@ -81,19 +85,20 @@ var LIBRARIES = {
 
   fine: function (url, options) {
     var request = Object.assign({endpoint: url}, options.request);
+    var reasons = {}, deleted = [];
     var own = new qq.FineUploaderBasic(Object.assign({}, options, {
       request: request,
       callbacks: {
         onComplete: function (id, name, answer) {
           if (answer.success) succeeded(name, answer);
+          else gaveUp(name, reasons[id]);
         },
-        onError: function (id, name, reason) { gaveUp(name, reason); },
+        onError: function (id, name, reason) { reasons[id] = reason; },
         onDeleteComplete: function (id, xhr, isError) {
           deleted.push({status: xhr.status, isError: isError});
         },
       },
     }));
-    var deleted = [];
     return {
       add: function (files) { own.addFiles(files); },
       cancel: function () { own.cancelAll(); },
@@ -130,12 +135,13 @@ var LIBRARIES = {
       url: url, dataType: 'json', fileInput: null, dropZone: null, pasteZone: null,
     }, options));
     var running = [];
-    own.on('fileuploadsend', function (event, data) { running.push(data); });
+    own.on('fileuploadadd', function (event, data) { running.push(data); });
     own.on('fileuploaddone', function (event, data) {
       succeeded(data.files[0].name, data.result);
     });
     own.on('fileuploadfail', function (event, data) {
-      gaveUp(data.files[0].name, data.jqXHR.responseText || data.errorThrown);
+      var answer = data.jqXHR && data.jqXHR.responseText;
+      gaveUp(data.files[0].name, answer || data.errorThrown);
     });
     return {
       add: function (files) { own.fileupload('add', {files: files}); },

@@ -228,6 +228,18 @@ class ClientCase(unittest.TestCase):
             server.place.close()
 
     @contextlib.contextmanager
+    def emptied(self, server: Server) -> Iterator[None]:
+        """Take the finished files away at the end, for others to come."""
+        try:
+            yield
+        except BaseException:
+            self.tell(server)
+            raise
+        finally:
+            for name in server.finished_files():
+                (server.upload_dir / name).unlink()
+
+    @contextlib.contextmanager
     def wired(self, server: Server, faults: Mapping[int, str | int]) -> Iterator[Wire]:
         with Wire(server, faults) as wire:
             thread = threading.Thread(target=wire.serve_forever, args=(0.02,))
@@ -272,6 +284,23 @@ class ClientCase(unittest.TestCase):
             what=f"the end of {count} uploads",
         )
 
+    def wait_for_answers(self, count: int) -> None:
+        """Chunks have been answered 200, and the upload is under way."""
+        self.browser.wait_for(
+            "return requests.filter(r => r.files.length && r.status === 200).length"
+            f" >= {count}",
+            what=f"{count} answers",
+        )
+
+    @contextlib.contextmanager
+    def slowly(self) -> Iterator[None]:
+        """Let the browser send so slowly that there is a middle."""
+        self.browser.network(upload_bytes_per_second=MIB)
+        try:
+            yield
+        finally:
+            self.browser.network()
+
     def sent(self) -> list[dict[str, Any]]:
         """The requests that brought a file or a part of one."""
         return [one for one in self.browser.run("return requests") if one["files"]]
@@ -292,11 +321,14 @@ class ClientCase(unittest.TestCase):
             self.assertTrue(stored[name] == content, f"{name} has other bytes")
         self.assert_only_receipts(server)
 
+    def kept(self, server: Server) -> list[Path]:
+        """What lies in the temp folder."""
+        return list((server.upload_dir / ".flowserver" / "v2").iterdir())
+
     def assert_only_receipts(self, server: Server) -> None:
-        temp = server.upload_dir / ".flowserver" / "v2"
-        for path in temp.iterdir():
+        for path in self.kept(server):
             self.assertRegex(path.name, r"^[0-9a-f]+\.ledger$")
             self.assertLess(path.stat().st_size, 4 * KIB)
 
 
-__all__ = ["KIB", "MIB", "ClientCase", "Wire", "make_pages", "noise"]
+__all__ = ["KIB", "MIB", "ClientCase", "Server", "Wire", "make_pages", "noise"]

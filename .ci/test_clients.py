@@ -8,14 +8,18 @@ FLOWSERVER_FILE names another flowserver.py, to see these tests fail on a broken
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 import tempfile
 import unittest
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from browser import Browser
-from clients import KIB, MIB, ClientCase, make_pages, noise
+from clients import KIB, MIB, ClientCase, Server, make_pages, noise
 
 CHUNK = 256 * KIB
 BIG = "three MiB + 17; 100%25.bin"
@@ -27,13 +31,16 @@ FILES = {
 }
 
 
+WHOLE = (1, 1, 1, 1)
+
+
 class Mode(NamedTuple):
     """One way to use a library, and how its requests then look."""
 
     library: str
     name: str
     options: Mapping[str, Any] = {}
-    chunks: tuple[int, int, int, int] = (1, 1, 1, 1)  # of each of FILES
+    chunks: tuple[int, int, int, int] = WHOLE  # of each of FILES
     kind: str = "form"
     at_once: bool = False  # chunks of one file
 
@@ -41,33 +48,33 @@ class Mode(NamedTuple):
         return f"{self.library}, {self.name}"
 
 
+SIMPLE = {"chunkSize": CHUNK}
 CEIL = (13, 2, 1, 1)
 FLOOR = (12, 2, 1, 1)
 NO_EMPTY = (13, 2, 1, 0)
 FINE = {"enabled": True, "partSize": CHUNK}
+CONCURRENT = {
+    **FINE,
+    "mandatory": True,
+    "concurrent": {"enabled": True},
+    "success": {"endpoint": "/upload"},
+}
+AUTO = {"enableAuto": True, "autoAttemptDelay": 0.01}
 RAW = {"forceMultipart": False, "paramsInBody": False}
 EMPTY_TOO = {"validation": {"allowEmpty": True}}
 PLUPLOAD = {"chunk_size": CHUNK, "send_chunk_number": False}
 DROPZONE = {"chunking": True, "chunkSize": CHUNK}
 
 MODES = [
-    Mode("simple", "default", {"chunkSize": CHUNK}, FLOOR, at_once=True),
+    Mode("simple", "default", SIMPLE, FLOOR, at_once=True),
     Mode(
-        "simple", "octet", {"chunkSize": CHUNK, "method": "octet"}, FLOOR, "raw", True
+        "simple", "octet", {**SIMPLE, "method": "octet"}, FLOOR, "raw", True
     ),
     Mode("fine", "chunked", {"chunking": FINE, **EMPTY_TOO}, CEIL),
     Mode(
         "fine",
         "concurrent, with a request at the end",
-        {
-            "chunking": {
-                **FINE,
-                "mandatory": True,
-                "concurrent": {"enabled": True},
-                "success": {"endpoint": "/upload"},
-            },
-            **EMPTY_TOO,
-        },
+        {"chunking": CONCURRENT, **EMPTY_TOO},
         NO_EMPTY,
         at_once=True,
     ),
@@ -123,32 +130,35 @@ def setUpModule() -> None:
 
 class WholeTest(ClientCase):
     def test_every_mode_uploads_every_file_whole(self) -> None:
-        for mode in MODES:
-            with self.subTest(str(mode)):
-                self.check_mode(mode)
-
-    def check_mode(self, mode: Mode) -> None:
-        files = {name: content for name, content in FILES.items()}
-        if mode.library == "dropzone5" and mode.options.get("forceChunking"):
-            del files["empty.txt"]  # it never sends anything
-        paths = self.write(files)
         with self.served() as server:
-            self.open(server.url, mode.library, mode.options)
-            self.choose(*paths)
-            bundled = mode.options.get("bundle")
-            self.wait_for_ends(len(files))
-            self.assertEqual(self.told("failed"), [])
-            self.assertEqual(
-                sorted(one["name"] for one in self.told("finished")), sorted(files)
-            )
-            sent = self.sent()
-            self.assertEqual({one["status"] for one in sent}, {200})
-            self.assertEqual({one["kind"] for one in sent}, {mode.kind})
-            if not bundled:
-                self.assertEqual(len(sent), sum(mode.chunks[: len(files)]))
-            else:
-                self.assertEqual(len(sent), 1)
-            self.assert_stored(server, files)
+            for number, mode in enumerate(MODES):
+                with self.subTest(str(mode)), self.emptied(server):
+                    names = {f"{number} {name}": FILES[name] for name in FILES}
+                    self.check_mode(server, mode, names)
+
+    def check_mode(self, server: Server, mode: Mode, files: dict[str, bytes]) -> None:
+        if mode.library == "dropzone5" and mode.options.get("forceChunking"):
+            del files[next(name for name in files if not files[name])]  # never sent
+        self.open(server.url, mode.library, mode.options)
+        self.choose(*self.write(files))
+        self.wait_for_ends(len(files))
+        self.assertEqual(self.told("failed"), [])
+        told = sorted(one["name"] for one in self.told("finished"))
+        self.assertEqual(told, sorted(files))
+        self.assert_mode_was_real(mode, len(files))
+        self.assert_stored(server, files)
+
+    def assert_mode_was_real(self, mode: Mode, count: int) -> None:
+        sent = self.sent()
+        self.assertEqual({one["status"] for one in sent}, {200})
+        self.assertEqual({one["kind"] for one in sent}, {mode.kind})
+        is_bundled = mode.options.get("bundle")
+        requests = 1 if is_bundled else sum(mode.chunks[:count])
+        self.assertEqual(len(sent), requests)
+        # Of chunks that are sent at once, another answer may be the last one.
+        if not mode.at_once:
+            for one in self.told("finished"):
+                self.assertIn('"path"', one["answer"])
 
 
 class RefusalTest(ClientCase):
@@ -174,11 +184,10 @@ class RefusalTest(ClientCase):
 
     def test_retries_end_where_the_client_knows_that_they_are_in_vain(self) -> None:
         [large] = self.write({"large.bin": noise(3 * MIB, 4)})
-        retry = {"enableAuto": True, "autoAttemptDelay": 0.01}
         modes = [
             Mode("simple", "retries", {"maxChunkRetries": 100, "chunkSize": 4 * MIB}),
-            Mode("fine", "retries", {"retry": retry, "chunking": FINE}),
-            Mode("fine", "whole, retries", {"retry": retry}),
+            Mode("fine", "retries", {"retry": AUTO, "chunking": FINE}),
+            Mode("fine", "whole, retries", {"retry": AUTO}),
         ]
         with self.served("--max-file-size", "1M") as server:
             for mode in modes:
@@ -222,6 +231,282 @@ MOST = {
     "uppy, one file each": 4,
     "uppy, bundled": 4,
 }
+
+
+RETRIES = [
+    Mode(
+        "simple",
+        "retries",
+        {
+            **SIMPLE,
+            "forceChunkSize": True,
+            "maxChunkRetries": 5,
+            "chunkRetryInterval": 10,
+        },
+    ),
+    Mode("dropzone", "retries", {**DROPZONE, "retryChunks": True}),
+    Mode("dropzone5", "retries", {**DROPZONE, "retryChunks": True}),
+    Mode(
+        "dropzone",
+        "retries in parallel",
+        {**DROPZONE, "retryChunks": True, "parallelChunkUploads": True},
+    ),
+    Mode("fine", "retries", {"chunking": FINE, "retry": AUTO}),
+    Mode(
+        "fine", "retries of several", {"chunking": CONCURRENT, "retry": AUTO}
+    ),
+    Mode("plupload", "retries", {**PLUPLOAD, "max_retries": 3}),
+    Mode("uploady", "retries", {"chunked": True, "chunkSize": CHUNK, "retries": 4}),
+]
+WHOLE_RETRIES = [
+    Mode("fine", "whole", {"retry": AUTO}),
+    Mode("plupload", "whole", {"max_retries": 3}),
+    Mode("uppy", "one file each"),
+    Mode("uppy", "bundled", {"bundle": True}),
+]
+
+
+class TroubleTest(ClientCase):
+    """The network fails in the middle, or the user stops; the file is right."""
+
+    def test_chunks_are_cut_off_unanswered_repeated_and_put_off(self) -> None:
+        # Three are tried again, so the 16th is the last of 13.
+        faults = {2: "cut", 5: "lost", 8: "twice", 10: 503, 16: "lost"}
+        self.check_faults(RETRIES, faults)
+
+    def test_whole_files_are_cut_off_unanswered_repeated(self) -> None:
+        self.check_faults(WHOLE_RETRIES, {1: "cut", 2: "lost", 3: "twice"})
+
+    def check_faults(
+        self, modes: Sequence[Mode], faults: Mapping[int, str | int]
+    ) -> None:
+        with self.served() as server:
+            for number, mode in enumerate(modes):
+                files = {f"troubled {number}.bin": FILES[BIG]}
+                with (
+                    self.subTest(str(mode)),
+                    self.emptied(server),
+                    self.wired(server, faults) as wire,
+                ):
+                    self.open(wire.url, mode.library, mode.options)
+                    self.choose(*self.write(files))
+                    self.wait_for_ends(1)
+                    self.assertEqual(self.told("failed"), [])
+                    self.assert_stored(server, files)
+
+
+# Ways through the server that differ; what is stopped in the middle takes a second each.
+STOPPED = """
+simple, default / fine, chunked / fine, whole / plupload, chunked / plupload, raw
+blueimp, chunked / blueimp, raw / uploady, chunked / uppy, one file each
+dropzone, chunked / dropzone, chunks in parallel / dropzone5, whole
+"""
+PAUSED = "simple, default / simple, octet / fine, chunked / plupload, chunked"
+RESUMED = "simple, default / simple, octet"
+
+
+def modes_of(names: str) -> list[Mode]:
+    wanted = re.split(r" / |\n", names.strip())
+    chosen = [mode for mode in MODES if str(mode) in wanted]
+    assert len(chosen) == len(wanted)
+    return chosen
+
+
+class MiddleTest(ClientCase):
+    """The user stops, goes on, leaves and comes back."""
+
+    @contextlib.contextmanager
+    def under_way(self, server: Server, mode: Mode, path: Path) -> Iterator[None]:
+        """Begin an upload, slowly; when chunks are stored, others are on their way."""
+        with self.slowly():
+            self.open(server.url, mode.library, mode.options)
+            self.choose(path)
+            if mode.chunks == WHOLE:
+                self.browser.wait_for(lambda: self.kept(server), what="a body to come")
+            else:
+                self.wait_for_answers(3)
+            self.assertEqual(server.finished_files(), {})
+            yield
+
+    def assert_ends(self, server: Server, files: Mapping[str, bytes]) -> None:
+        self.wait_for_ends(1)
+        self.assertEqual(self.told("failed"), [])
+        self.assert_stored(server, files)
+
+    def test_a_cancelled_upload_is_made_anew(self) -> None:
+        modes = modes_of(STOPPED)
+        with self.served() as server:
+            for number, mode in enumerate(modes):
+                files = {f"cancelled {number}.bin": FILES[BIG]}
+                with self.subTest(str(mode)), self.emptied(server):
+                    [path] = self.write(files)
+                    with self.under_way(server, mode, path):
+                        self.browser.run("client.cancel()")
+                    self.browser.run("requests.length = failed.length = 0")
+                    self.choose(path)
+                    self.wait_for_ends(1)
+                    self.assertEqual(self.told("failed"), [])
+                    self.assertTrue(server.finished_files() == files)
+            # A new upload of these has an identifier of its own: what the first one
+            # brought stays until it is stale.
+            random = [m for m in modes if m.library in RANDOM and m.chunks != WHOLE]
+            left = [path for path in self.kept(server) if path.suffix != ".ledger"]
+            self.assertEqual(len(left), len(random))
+
+    def test_a_paused_upload_goes_on(self) -> None:
+        with self.served() as server:
+            for number, mode in enumerate(modes_of(PAUSED)):
+                files = {f"paused {number}.bin": FILES[BIG]}
+                with self.subTest(str(mode)), self.emptied(server):
+                    with self.under_way(server, mode, *self.write(files)):
+                        self.browser.run("client.pause()")
+                    self.browser.run("client.resume()")
+                    self.assert_ends(server, files)
+
+    def test_simple_uploader_resumes_after_a_reload(self) -> None:
+        with self.served() as server:
+            for number, mode in enumerate(modes_of(RESUMED)):
+                files = {f"resumed {number}.bin": FILES[BIG]}
+                with self.subTest(str(mode)), self.emptied(server):
+                    [path] = self.write(files)
+                    with self.under_way(server, mode, path):
+                        self.browser.reload()
+                    self.open(server.url, mode.library, mode.options)
+                    self.choose(path)
+                    self.assert_ends(server, files)
+                    # Of three or more, the first and the last one are sent again.
+                    self.assertLessEqual(len(self.sent()), mode.chunks[0] - 1)
+
+    # Fine Uploader
+
+    RESUMING = Mode(
+        "fine",
+        "resumes",
+        {
+            "chunking": FINE,
+            "resume": {"enabled": True},
+            "retry": AUTO,
+            "deleteFile": {"enabled": True, "endpoint": "/upload"},
+        },
+        CEIL,
+    )
+
+    def test_fine_uploader_resumes_after_a_reload(self) -> None:
+        files = {"resumed.bin": FILES[BIG]}
+        [path] = self.write(files)
+        with self.served() as server:
+            with self.under_way(server, self.RESUMING, path):
+                self.browser.reload()
+            self.open(server.url, self.RESUMING.library, self.RESUMING.options)
+            self.assertEqual(len(self.told("client.resumable()")), 1)
+            self.choose(path)
+            self.assert_ends(server, files)
+            self.assertLessEqual(len(self.sent()), 13 - 3)
+            self.assertEqual(self.sent()[0]["fields"]["qqresume"], "true")
+
+    def test_fine_uploader_begins_anew_when_the_server_has_forgotten(self) -> None:
+        files = {"forgotten.bin": FILES[BIG]}
+        [path] = self.write(files)
+        with self.served() as server:
+            with self.under_way(server, self.RESUMING, path):
+                self.browser.reload()
+            for left in self.kept(server):
+                left.unlink()
+            self.open(server.url, self.RESUMING.library, self.RESUMING.options)
+            self.choose(path)
+            self.assert_ends(server, files)
+            answers = [json.loads(one["answer"]) for one in self.sent()]
+            self.assertIs(answers[0]["reset"], True)
+            self.assertEqual(len(answers), 1 + 13)
+
+    def test_fine_uploader_deletes_what_is_unfinished_only(self) -> None:
+        files = {"deleted.bin": FILES[BIG]}
+        [path] = self.write(files)
+        options = {**self.RESUMING.options, "resume": {}}
+        with self.served() as server:
+            with self.under_way(server, Mode("fine", "", options, CEIL), path):
+                self.browser.run("client.pause(); client.remove(0)")
+                self.browser.wait_for("return client.deleted.length")
+            self.assertEqual(
+                self.told("client.deleted"), [{"status": 204, "isError": False}]
+            )
+            self.assert_stored(server, {})
+            self.choose(path)
+            self.assert_ends(server, files)
+            self.browser.run("client.remove(1)")
+            self.browser.wait_for("return client.deleted.length === 2")
+            self.assertEqual(
+                self.told("client.deleted")[1], {"status": 403, "isError": True}
+            )
+            self.assert_stored(server, files)
+
+
+RANDOM = ("fine", "dropzone", "dropzone5")
+
+
+class PictureTest(ClientCase):
+    """Dropzone makes pictures smaller, but announces the size that they had."""
+
+    def test_a_resized_picture_arrives(self) -> None:
+        [path] = self.write({"picture.png": picture(600, 400)})
+        resize = {"resizeWidth": 60, "resizeMimeType": "image/jpeg"}
+        options = [
+            {"chunking": True, "forceChunking": True},
+            {"chunking": True},
+            {},
+        ]
+        for library in ("dropzone", "dropzone5"):
+            for own in options:
+                with self.subTest(library, **own), self.served() as server:
+                    self.open(server.url, library, {**own, **resize})
+                    self.choose(path)
+                    self.wait_for_ends(1)
+                    self.assertEqual(self.told("failed"), [])
+                    [content] = server.finished_files().values()
+                    self.assertTrue(content.startswith(b"\xff\xd8\xff"), "a JPEG")
+                    self.assertTrue(content.endswith(b"\xff\xd9"), "a whole one")
+                    [sent] = self.sent()
+                    self.assertEqual(sent["files"][0]["size"], len(content))
+                    if "forceChunking" in own:
+                        said = int(sent["fields"]["dztotalfilesize"])
+                        self.assertEqual(said, path.stat().st_size)
+                    self.assert_only_receipts(server)
+
+    def test_a_resized_picture_of_several_chunks_is_refused(self) -> None:
+        [path] = self.write({"picture.png": picture(600, 400)})
+        chunks = {"chunking": True, "chunkSize": 10_000, "resizeWidth": 300}
+        with self.served() as server:
+            for library in ("dropzone", "dropzone5"):
+                with self.subTest(library):
+                    self.open(server.url, library, chunks)
+                    self.choose(path)
+                    self.wait_for_ends(1)
+                    self.assertEqual(self.told("finished"), [])
+                    [failed] = self.told("failed")
+                    self.assertIn("720683 bytes", failed["message"])
+            self.assert_stored(server, {})
+
+
+def picture(width: int, height: int) -> bytes:
+    """A PNG of noise."""
+
+    def part(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        check = zlib.crc32(checked).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + checked + check
+
+    rows = noise(width * height * 3, seed=6)
+    lines = b"".join(
+        b"\0" + rows[start : start + width * 3]
+        for start in range(0, len(rows), width * 3)
+    )
+    sizes = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + part(b"IHDR", sizes + b"\x08\x02\0\0\0")
+        + part(b"IDAT", zlib.compress(lines, 1))
+        + part(b"IEND", b"")
+    )
 
 
 if __name__ == "__main__":
