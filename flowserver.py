@@ -3683,7 +3683,7 @@ def files_page(status: int, files: Iterable[Mapping[str, object]]) -> Response:
     )
     body = (
         "<!doctype html><meta name=viewport content='width=device-width'>"
-        f"<title>Upload</title><ul>{rows}</ul><p><a href=''>Send more</a>"
+        f"<title>Upload</title><ul>{rows}</ul>"
     )
     return html_response(status, body, "default-src 'none'")
 

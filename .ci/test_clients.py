@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import subprocess
 import tempfile
 import unittest
 import zlib
@@ -306,7 +307,7 @@ RESUMED = "simple, default / simple, octet"
 
 
 def modes_of(names: str) -> list[Mode]:
-    wanted = re.split(r" / |\n", names.strip())
+    wanted = re.split(r" / |\n *", names.strip())
     chosen = [mode for mode in MODES if str(mode) in wanted]
     assert len(chosen) == len(wanted)
     return chosen
@@ -507,6 +508,128 @@ def picture(width: int, height: int) -> bytes:
         + part(b"IDAT", zlib.compress(lines, 1))
         + part(b"IEND", b"")
     )
+
+
+class FormTest(ClientCase):
+    """A form without a script, and curl."""
+
+    def send_form(self, server: Server, *paths: Path) -> str:
+        """Press the button; return what the page says that comes instead."""
+        self.browser.open(f"{server.url}sample/form.html")
+        if paths:
+            self.browser.set_files("#files", paths)
+        self.browser.find("button").click()
+        self.browser.wait_for("return document.title === 'Upload'")
+        return self.browser.find("body").text()
+
+    def test_a_form_stores_each_of_its_files(self) -> None:
+        with self.served() as server:
+            text = self.send_form(server, *self.write(FILES))
+            for name in FILES:
+                self.assertIn(f"{name}: stored", text)
+            self.assert_stored(server, FILES)
+
+    def test_a_form_says_which_file_is_refused(self) -> None:
+        files = {"large.bin": noise(2 * MIB, 7), "small.bin": noise(1500, 8)}
+        with self.served("--max-file-size", "1M") as server:
+            text = self.send_form(server, *self.write(files))
+            self.assertIn("large.bin: The file is larger than 1 MiB", text)
+            self.assertIn("small.bin: stored", text)
+            del files["large.bin"]
+            self.assert_stored(server, files)
+            self.assertIn("There is no file in the form", self.send_form(server))
+
+    def curl(self, *arguments: object) -> tuple[int, str]:
+        """Run curl; return the status of the answer, and its body."""
+        command = ["curl", "--silent", "--show-error", "--noproxy", "*"]
+        found = subprocess.run(
+            [*command, "--write-out", "\n%{http_code}", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        self.assertEqual((found.returncode, found.stderr), (0, ""))
+        body, _, status = found.stdout.rpartition("\n")
+        return int(status), body
+
+    def test_curl_sends_a_form_of_several_files(self) -> None:
+        with self.served() as server:
+            paths = self.write(FILES)
+            forms = [word for path in paths for word in ("-F", f'file=@"{path}"')]
+            status, body = self.curl("-F", "comment=x", *forms, f"{server.url}upload")
+            self.assertEqual(status, 200)
+            stored = [one["path"] for one in json.loads(body)["files"]]
+            self.assertEqual(sorted(stored), sorted(FILES))
+            self.assert_stored(server, FILES)
+
+    def test_curl_sends_single_files_to_their_paths(self) -> None:
+        with self.served() as server:
+            for path in self.write(FILES):
+                status, body = self.curl("-T", path, f"{server.url}upload/")
+                self.assertEqual((status, json.loads(body)["path"]), (200, path.name))
+            status, _ = self.curl("-T", path, f"{server.url}upload/a%20b/new.txt")
+            self.assertEqual(status, 200)
+            self.assert_stored(server, {**FILES, "a b/new.txt": FILES[path.name]})
+
+    def test_curl_sends_a_file_in_pieces(self) -> None:
+        content = noise(100_000, seed=9)
+        [path] = self.write({"piece": content[:60_000]})
+        [rest] = self.write({"rest": content[60_000:]})
+        names = ("-H", 'Content-Disposition: attachment; filename="pieces.bin"')
+        with self.served() as server:
+            for piece, where in ((path, "0-59999"), (rest, "60000-99999")):
+                place = f"Content-Range: bytes {where}/100000"
+                data = ("--data-binary", f"@{piece}", f"{server.url}upload")
+                kind = "Content-Type: application/octet-stream"
+                status, _ = self.curl(*names, "-H", place, "-H", kind, *data)
+                self.assertEqual(status, 200)
+            self.assert_stored(server, {"pieces.bin": content})
+
+    def test_curl_is_told_what_is_refused(self) -> None:
+        [large] = self.write({"large.bin": noise(20 * MIB, 7)})
+        flags = ("--max-file-size", "1M", "--on-conflict", "refuse")
+        with self.served(*flags) as server:
+            (server.upload_dir / "taken.bin").write_bytes(b"old")
+            [taken] = self.write({"taken.bin": b"new"})
+            url = f"{server.url}upload"
+            refused = {
+                "larger than 1 MiB": (413, "-F", f"file=@{large}", url),
+                "larger than 1 MiB ": (413, "-T", large, f"{url}/"),
+                "There is a file": (409, "-F", f"file=@{taken}", url),
+                "There is a file ": (409, "-T", taken, f"{url}/"),
+                "outside": (400, "-F", f"file=@{taken};filename=../outside.bin", url),
+                "outside ": (400, "--path-as-is", "-T", taken, f"{url}/../outside.bin"),
+                "no name": (400, "-X", "POST", "--data-binary", f"@{taken}", "-H", "Content-Type: a/b", url),
+                "Content-Length": (411, "-H", "Transfer-Encoding: chunked", "-T", taken, f"{url}/"),
+            }
+            for sentence, (status, *arguments) in refused.items():
+                with self.subTest(sentence):
+                    answer = self.curl(*arguments)
+                    self.assertEqual(answer[0], status, answer)
+                    self.assertIn(sentence.strip(), answer[1])
+            self.assert_stored(server, {"taken.bin": b"old"})
+
+
+class OriginTest(ClientCase):
+    """The page comes from another server."""
+
+    def test_allowed_pages_of_another_origin_upload(self) -> None:
+        modes = modes_of(
+            """simple, octet / fine, chunked / fine, raw / plupload, raw / blueimp, raw
+            uploady, chunked / uppy, one file each / dropzone, chunked"""
+        )
+        with self.served() as pages:
+            origin = pages.url.rstrip("/")
+            with self.served("--allow-origins", origin) as server:
+                for number, mode in enumerate(modes):
+                    files = {f"{number} {name}": FILES[name] for name in FILES}
+                    target = f"{server.url}upload"
+                    with self.subTest(str(mode)), self.emptied(server):
+                        self.open(pages.url, mode.library, mode.options, target)
+                        self.choose(*self.write(files))
+                        self.wait_for_ends(len(files))
+                        self.assertEqual(self.told("failed"), [])
+                        self.assert_stored(server, files)
 
 
 if __name__ == "__main__":
