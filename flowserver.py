@@ -4384,7 +4384,11 @@ class Access:
             headers.append(("Access-Control-Allow-Credentials", "true"))
         elif origin and "*" in self.settings.allow_origins:
             headers.append(("Access-Control-Allow-Origin", "*"))
+        headers.append(("Access-Control-Expose-Headers", _EXPOSED))
         return response.with_headers(*headers)
+
+
+_EXPOSED = "Location, Upload-Offset, Upload-Length, Upload-Expires, Tus-Resumable"
 
 
 def _unknown_host(host: str) -> Foreign:
@@ -4590,9 +4594,7 @@ class Chunks:
             raise Malformed("The upload to cancel is not named.")
         key = self._intake.upload(request, chunk).key
         if not self._intake.cancelled(request, key) and chunk.is_random:
-            status = self._store.status(key)
-            if status and status.is_finished:
-                raise Forbidden("A finished file can't be removed here.")
+            raise Forbidden(_NOT_UNFINISHED)  # a button of the page says "remove"
         return _NO_CONTENT
 
     def _after_last_chunk(self, request: Request, content: Content) -> Response:
@@ -4719,8 +4721,8 @@ class Chunks:
         refusal: FlowError | None,
     ) -> Response:
         """Say what became of each file; the status is that of the first refusal."""
-        if "filepond" in content.given and not refusal:  # wants an id, and no JSON
-            return text_response(200, f"finished-{secrets.token_hex(16)}")
+        if "filepond" in content.given and not refusal:  # wants an id of its kind
+            return text_response(200, f"{secrets.token_hex(16)}-0")
         status = refusal.status if refusal else 200
         if request.is_navigation:
             return files_page(status, files)
@@ -4733,6 +4735,7 @@ class Chunks:
 
 
 _NO_PART = Part("", "", "")
+_NOT_UNFINISHED = "Only an unfinished upload can be removed here."
 
 
 # ---- tus -----------------------------------------------------------------------------
@@ -4811,7 +4814,7 @@ class Tus:
             self._intake.cancelled(request, upload.key)
             return Response(204, (), b"")
         if method == "DELETE":
-            raise Forbidden("A finished file can't be removed here.")
+            raise Forbidden(_NOT_UNFINISHED)
         raise BadMethod("An upload is sent with PATCH.")
 
     def _upload(self, request: Request, identifier: str, name: str = "") -> Upload:
@@ -4832,7 +4835,10 @@ class Tus:
         name = next((one for one in names if one not in _ABSENT), identifier)
         upload = self._upload(request, identifier, name)._replace(size=size)
         upload = self._intake.placed(upload, fields)._replace(fields=fields)
-        self._intake.concluded(request, self._store.open(upload), 0.0)
+        try:
+            self._intake.concluded(request, self._store.open(upload), 0.0)
+        except Conflict as error:  # after a 409 tus-js-client would try again
+            raise Forbidden(str(error)) from None
         place = f"{request.base}/{identifier}" if request.base else identifier
         answer = (("Location", place), *self._expires())
         if headers.get("content-type") == _TUS_BODY and request.length > 0:
@@ -5027,11 +5033,8 @@ class FilePond:
         content.next_file()
         text = b"".join(bytes(block) for block in content.blocks())
         identifier = text[:200].decode("ascii", "replace")
-        key = self._upload(request, identifier).key
-        status = self._store.status(key)
-        if status and status.is_finished:
-            raise Forbidden("A finished file can't be removed here.")
-        self._intake.cancelled(request, key)
+        if not self._intake.cancelled(request, self._upload(request, identifier).key):
+            raise Forbidden(_NOT_UNFINISHED)
         return _NO_CONTENT
 
 

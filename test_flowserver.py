@@ -3897,6 +3897,40 @@ class ClientsTest(unittest.TestCase):
             self.assertIs(answer.json["reset"], True)
             self.assertIn("try again", answer.json["error"])
 
+    def test_only_what_is_unfinished_is_removed(self) -> None:
+        kind = {"Content-Type": "text/plain;charset=UTF-8"}  # FilePond
+        boundary = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+        begin, size = multipart({"filepond": "{}"}, None), {"Upload-Length": "5"}
+        with application() as app:
+            begun = send(app, "POST", "/upload", begin, {**boundary, **size}).body
+            place = "/upload?patch=" + begun.decode()
+            where = {"Upload-Name": "a", "Upload-Offset": "0"}
+            for sent, status in ((3, 204), (5, 403)):
+                send(app, "PATCH", place, noise(sent), where)
+                answer = send(app, "DELETE", "/upload", begun, kind)
+                self.assertEqual(answer.status, status)
+            self.assertEqual(finished_files(app), {"a": noise(5)})
+            form = multipart({"filepond": "{}"}, b"plain")
+            plain = send(app, "POST", "/upload", form, boundary).body
+            self.assertEqual(send(app, "DELETE", "/upload", plain, kind).status, 403)
+            self.assertEqual(send(app, "DELETE", "/upload/6e1f").status, 403)  # Fine
+
+    def test_tus_client_does_not_try_again_when_the_name_is_taken(self) -> None:
+        name = base64.b64encode(b"a").decode()
+        head = {"Tus-Resumable": "1.0.0", "Upload-Metadata": f"filename {name}"}
+        with application(on_conflict="refuse") as app:
+            send_file(app, "a", noise(5))
+            answer = send(app, "POST", "/upload", b"", {**head, "Upload-Length": "7"})
+            self.assertEqual(answer.status, 403)
+
+    def test_pages_of_allowed_origins_may_read_what_tus_says(self) -> None:
+        with application(allow_origins=("https://a.example",)) as app:
+            head = {"Tus-Resumable": "1.0.0", "Upload-Length": "7"}
+            head["Origin"] = "https://a.example"
+            answer = send(app, "POST", "/upload", b"", head)
+            exposed = answer.headers["access-control-expose-headers"]
+            self.assertLessEqual({"Location", "Upload-Offset"}, set(exposed.split(", ")))
+
     def test_last_chunk_must_be_the_end_of_the_file(self) -> None:
         # Dropzone announces 35 bytes of a picture, which has 30 when it is smaller.
         values = {"dzchunkindex": 2, "dztotalfilesize": 35, "dzchunksize": 10}

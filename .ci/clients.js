@@ -51,6 +51,11 @@ function gaveUp(name, message) {
   failed.push({name: name, message: asText(message)});
 }
 
+// tus-js-client takes a relative Location for one of the page, unless this is absolute.
+function absolute(url) {
+  return new URL(url, location.href).href;
+}
+
 // Each returns what a page does with the library: add(files), and what else it can.
 var LIBRARIES = {
   simple: function (url, options) {
@@ -177,14 +182,17 @@ var LIBRARIES = {
 
   uppy: function (url, options) {
     var own = new bundled.Uppy({autoProceed: true});
-    if (options.tus) own.use(bundled.Tus, Object.assign({endpoint: url}, options.tus));
-    else own.use(bundled.XHRUpload, Object.assign({endpoint: url}, options));
+    if (options.tus) {
+      own.use(bundled.Tus, Object.assign({endpoint: absolute(url)}, options.tus));
+    } else {
+      own.use(bundled.XHRUpload, Object.assign({endpoint: url}, options));
+    }
     own.on('upload-success', function (file, answer) {
       succeeded(file.name, answer.body);
     });
     own.on('upload-error', function (file, error, answer) {
-      var body = answer && (answer.responseText || answer.body);
-      gaveUp(file.name, body || error.message);
+      var text = error.originalResponse && error.originalResponse.getBody();
+      gaveUp(file.name, text || answer && answer.responseText || error.message);
     });
     return {
       add: function (files) {
@@ -200,8 +208,19 @@ var LIBRARIES = {
   },
 
   filepond: function (url, options) {
+    function sentence(text) {
+      try { return JSON.parse(text).error; } catch (error) { return text; }
+    }
     var own = FilePond.create(document.getElementById('drop'), Object.assign({
-      allowMultiple: true, server: url,
+      allowMultiple: true,
+      server: {
+        url: url,
+        process: {url: '', onerror: sentence},
+        patch: {url: '?patch=', onerror: sentence},
+        revert: {url: '', onerror: sentence},
+      },
+      labelFileProcessingRevertError: function (error) { return error.body; },
+      labelFileProcessingError: function (error) { return error.body; },
     }, options));
     own.on('processfile', function (error, item) {
       if (!error) succeeded(item.filename, item.serverId);
@@ -211,7 +230,9 @@ var LIBRARIES = {
       add: function (files) { own.addFiles(files); },
       cancel: function () { own.removeFiles({revert: true}); },
       retry: function () { own.processFiles(); },
-      abort: function () { own.getFiles()[0].abortProcessing(); },
+      press: function (what) {
+        document.querySelector('.filepond--action-' + what).click();
+      },
     };
   },
 
@@ -221,7 +242,7 @@ var LIBRARIES = {
       add: function (files) {
         files.forEach(function (file) {
           var own = new tus.Upload(file, Object.assign({
-            endpoint: new URL(url, location.href).href,
+            endpoint: absolute(url),
             metadata: {filename: file.name, filetype: file.type},
             onSuccess: function () { succeeded(file.name, own.url); },
             onError: function (error) { gaveUp(file.name, error.message); },

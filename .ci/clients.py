@@ -19,7 +19,7 @@ import threading
 import unittest
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from browser import Browser
@@ -198,6 +198,23 @@ class _Hop(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+WHOLE = (1, 1, 1, 1)
+
+
+class Mode(NamedTuple):
+    """One way to use a library, and how its requests then look."""
+
+    library: str
+    name: str
+    options: Mapping[str, Any] = {}
+    chunks: tuple[int, ...] = WHOLE  # requests for each file
+    kind: str = "form"
+    at_once: bool = False  # chunks of one file
+
+    def __str__(self) -> str:
+        return f"{self.library}, {self.name}"
+
+
 class ClientCase(unittest.TestCase):
     """A server of its own for each test, and one browser for all."""
 
@@ -287,7 +304,8 @@ class ClientCase(unittest.TestCase):
     def wait_for_answers(self, count: int) -> None:
         """Chunks have been answered 200, and the upload is under way."""
         self.browser.wait_for(
-            "return requests.filter(r => r.files.length && r.status === 200).length"
+            "return requests.filter(r => r.files.length && r.status >= 200"
+            " && r.status < 300).length"
             f" >= {count}",
             what=f"{count} answers",
         )
@@ -300,6 +318,28 @@ class ClientCase(unittest.TestCase):
             yield
         finally:
             self.browser.network()
+
+    @contextlib.contextmanager
+    def under_way(
+        self, server: Server, mode: Mode, path: Path, pages: Server | None = None
+    ) -> Iterator[None]:
+        """Begin an upload, slowly; what was sent is stored, and more is on its way."""
+        with self.slowly():
+            if pages:
+                target = f"{server.url}upload"
+                self.open(pages.url, mode.library, mode.options, target)
+            else:
+                self.open(server.url, mode.library, mode.options)
+            self.choose(path)
+            if max(mode.chunks) == 1:
+                self.browser.wait_for(
+                    lambda: any(one.stat().st_size > 64 * KIB for one in self.kept(server)),
+                    what="a body to come",
+                )
+            else:
+                self.wait_for_answers(3)
+            self.assertEqual(server.finished_files(), {})
+            yield
 
     def sent(self) -> list[dict[str, Any]]:
         """The requests that brought a file or a part of one."""
@@ -331,4 +371,4 @@ class ClientCase(unittest.TestCase):
             self.assertLess(path.stat().st_size, 4 * KIB)
 
 
-__all__ = ["KIB", "MIB", "ClientCase", "Server", "Wire", "make_pages", "noise"]
+__all__ = ["HERE", "KIB", "MIB", "MODULES", "WHOLE", "ClientCase", "Mode", "Server", "Wire", "make_pages", "noise"]

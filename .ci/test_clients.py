@@ -17,10 +17,10 @@ import unittest
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from browser import Browser
-from clients import KIB, MIB, ClientCase, Server, make_pages, noise
+from clients import KIB, MIB, WHOLE, ClientCase, Mode, Server, make_pages, noise
 
 CHUNK = 256 * KIB
 BIG = "three MiB + 17; 100%25.bin"
@@ -30,23 +30,6 @@ FILES = {
     "Grüße 日本 🎈.txt": noise(1500, seed=3),
     "empty.txt": b"",
 }
-
-
-WHOLE = (1, 1, 1, 1)
-
-
-class Mode(NamedTuple):
-    """One way to use a library, and how its requests then look."""
-
-    library: str
-    name: str
-    options: Mapping[str, Any] = {}
-    chunks: tuple[int, int, int, int] = WHOLE  # of each of FILES
-    kind: str = "form"
-    at_once: bool = False  # chunks of one file
-
-    def __str__(self) -> str:
-        return f"{self.library}, {self.name}"
 
 
 SIMPLE = {"chunkSize": CHUNK}
@@ -315,19 +298,6 @@ def modes_of(names: str) -> list[Mode]:
 
 class MiddleTest(ClientCase):
     """The user stops, goes on, leaves and comes back."""
-
-    @contextlib.contextmanager
-    def under_way(self, server: Server, mode: Mode, path: Path) -> Iterator[None]:
-        """Begin an upload, slowly; when chunks are stored, others are on their way."""
-        with self.slowly():
-            self.open(server.url, mode.library, mode.options)
-            self.choose(path)
-            if mode.chunks == WHOLE:
-                self.browser.wait_for(lambda: self.kept(server), what="a body to come")
-            else:
-                self.wait_for_answers(3)
-            self.assertEqual(server.finished_files(), {})
-            yield
 
     def assert_ends(self, server: Server, files: Mapping[str, bytes]) -> None:
         self.wait_for_ends(1)
