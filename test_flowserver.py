@@ -3928,15 +3928,15 @@ class ClientsTest(unittest.TestCase):
             head = {"Tus-Resumable": "1.0.0", "Upload-Length": "7"}
             head["Origin"] = "https://a.example"
             answer = send(app, "POST", "/upload", b"", head)
-            exposed = answer.headers["access-control-expose-headers"]
-            self.assertLessEqual({"Location", "Upload-Offset"}, set(exposed.split(", ")))
+            exposed = answer.headers["access-control-expose-headers"].split(", ")
+            self.assertLessEqual({"Location", "Upload-Offset"}, set(exposed))
 
     def test_last_chunk_must_be_the_end_of_the_file(self) -> None:
         # Dropzone announces 35 bytes of a picture, which has 30 when it is smaller.
-        values = {"dzchunkindex": 2, "dztotalfilesize": 35, "dzchunksize": 10}
-        values.update(dztotalchunkcount=3, dzchunkbyteoffset=20)
+        values = {"dzuuid": "6e1f", "dzchunkindex": "2", "dztotalfilesize": "35"}
+        values.update(dzchunksize="10", dztotalchunkcount="3", dzchunkbyteoffset="20")
         with application() as app:
-            form = multipart({"dzuuid": "6e1f", **{name: str(n) for name, n in values.items()}}, noise(10))
+            form = multipart(values, noise(10))
             kind = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
             answer = send(app, "POST", "/upload", form, kind)
             self.assertEqual((answer.status, leftovers(app)), (400, {}))

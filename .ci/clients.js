@@ -230,8 +230,8 @@ var LIBRARIES = {
       add: function (files) { own.addFiles(files); },
       cancel: function () { own.removeFiles({revert: true}); },
       retry: function () { own.processFiles(); },
-      press: function (what) {
-        document.querySelector('.filepond--action-' + what).click();
+      abort: function () {
+        document.querySelector('.filepond--action-abort-item-processing').click();
       },
     };
   },

@@ -28,6 +28,15 @@ from test_page import KIB, MIB, Server, noise, write_files
 HERE = Path(__file__).resolve().parent
 MODULES = HERE / ".tools" / "node_modules"
 
+CHUNK = 256 * KIB
+BIG = "three MiB + 17; 100%25.bin"
+FILES = {
+    BIG: noise(3 * MIB + 17, seed=1),
+    "two chunks.bin": noise(2 * CHUNK, seed=2),
+    "Grüße 日本 🎈.txt": noise(1500, seed=3),
+    "empty.txt": b"",
+}
+
 # The scripts of each library's page, as its README has them.
 SCRIPTS = {
     "simple": ("simple-uploader.js/dist/uploader.js",),
@@ -86,7 +95,12 @@ FORM = """<!doctype html>
 def make_pages(folder: Path) -> None:
     """Write a page for each library, and all that it needs."""
     made = folder / "bundle.js"
-    command = ["--bundle", "--format=iife", "--global-name=bundled", f"--outfile={made}"]
+    command = [
+        "--bundle",
+        "--format=iife",
+        "--global-name=bundled",
+        f"--outfile={made}",
+    ]
     esbuild = str(MODULES / ".bin" / "esbuild")
     if not shutil.which(esbuild):
         raise AssertionError("the libraries are not installed: run .ci/run, it does it")
@@ -113,9 +127,9 @@ def make_pages(folder: Path) -> None:
 class Wire(http.server.ThreadingHTTPServer):
     """Between client and server, a network that spoils some requests with a body.
 
-    `faults` says which, counted from 1, and how: "cut" ends the connection in the middle
-    of the body, "lost" after the server has answered, "twice" hands the same on two
-    times, a number is answered as a status instead of the server.
+    `faults` says which, counted from 1, and how: "cut" ends the connection in the
+    middle of the body, "lost" after the server has answered, "twice" hands the same on
+    two times, a number is answered as a status instead of the server.
     """
 
     daemon_threads = True
@@ -215,6 +229,16 @@ class Mode(NamedTuple):
         return f"{self.library}, {self.name}"
 
 
+def set_up() -> None:
+    """One browser for all tests. Without it everything fails, nothing is skipped."""
+    pages = tempfile.TemporaryDirectory(prefix="flowserver-ci-")
+    unittest.addModuleCleanup(pages.cleanup)
+    ClientCase.pages = Path(pages.name)
+    make_pages(ClientCase.pages)
+    ClientCase.browser = Browser()
+    unittest.addModuleCleanup(ClientCase.browser.close)
+
+
 class ClientCase(unittest.TestCase):
     """A server of its own for each test, and one browser for all."""
 
@@ -280,7 +304,13 @@ class ClientCase(unittest.TestCase):
 
     # The page
 
-    def open(self, url: str, library: str, options: Mapping[str, Any], target: str = "/upload") -> None:
+    def open(
+        self,
+        url: str,
+        library: str,
+        options: Mapping[str, Any],
+        target: str = "/upload",
+    ) -> None:
         """Open the page of a library and begin it."""
         self.browser.open(f"{url}sample/{library}.html")
         adapter = re.sub(r"\d", "", library)
@@ -333,7 +363,9 @@ class ClientCase(unittest.TestCase):
             self.choose(path)
             if max(mode.chunks) == 1:
                 self.browser.wait_for(
-                    lambda: any(one.stat().st_size > 64 * KIB for one in self.kept(server)),
+                    lambda: any(
+                        one.stat().st_size > 64 * KIB for one in self.kept(server)
+                    ),
                     what="a body to come",
                 )
             else:
@@ -369,6 +401,3 @@ class ClientCase(unittest.TestCase):
         for path in self.kept(server):
             self.assertRegex(path.name, r"^[0-9a-f]+\.ledger$")
             self.assertLess(path.stat().st_size, 4 * KIB)
-
-
-__all__ = ["HERE", "KIB", "MIB", "MODULES", "WHOLE", "ClientCase", "Mode", "Server", "Wire", "make_pages", "noise"]

@@ -8,29 +8,26 @@ FLOWSERVER_FILE names another flowserver.py, to see these tests fail on a broken
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import subprocess
-import tempfile
 import unittest
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from browser import Browser
-from clients import KIB, MIB, WHOLE, ClientCase, Mode, Server, make_pages, noise
-
-CHUNK = 256 * KIB
-BIG = "three MiB + 17; 100%25.bin"
-FILES = {
-    BIG: noise(3 * MIB + 17, seed=1),
-    "two chunks.bin": noise(2 * CHUNK, seed=2),
-    "Grüße 日本 🎈.txt": noise(1500, seed=3),
-    "empty.txt": b"",
-}
-
+from clients import (
+    BIG,
+    CHUNK,
+    FILES,
+    MIB,
+    WHOLE,
+    ClientCase,
+    Mode,
+    Server,
+    noise,
+    set_up,
+)
 
 SIMPLE = {"chunkSize": CHUNK}
 CEIL = (13, 2, 1, 1)
@@ -51,9 +48,7 @@ DROPZONE = {"chunking": True, "chunkSize": CHUNK}
 
 MODES = [
     Mode("simple", "default", SIMPLE, FLOOR, at_once=True),
-    Mode(
-        "simple", "octet", {**SIMPLE, "method": "octet"}, FLOOR, "raw", True
-    ),
+    Mode("simple", "octet", {**SIMPLE, "method": "octet"}, FLOOR, "raw", True),
     Mode("fine", "chunked", {"chunking": FINE, **EMPTY_TOO}, CEIL),
     Mode(
         "fine",
@@ -62,11 +57,11 @@ MODES = [
         NO_EMPTY,
         at_once=True,
     ),
-    Mode(
-        "fine", "raw", {"chunking": FINE, "request": RAW, **EMPTY_TOO}, CEIL, "raw"
-    ),
+    Mode("fine", "raw", {"chunking": FINE, "request": RAW, **EMPTY_TOO}, CEIL, "raw"),
     Mode("fine", "whole", EMPTY_TOO),
-    Mode("plupload", "chunked", {**PLUPLOAD, "filters": {"prevent_empty": False}}, CEIL),
+    Mode(
+        "plupload", "chunked", {**PLUPLOAD, "filters": {"prevent_empty": False}}, CEIL
+    ),
     Mode(
         "plupload",
         "raw",
@@ -103,13 +98,7 @@ for library in ("dropzone", "dropzone5"):
 
 
 def setUpModule() -> None:
-    """One browser for all tests. Without it everything fails, nothing is skipped."""
-    pages = tempfile.TemporaryDirectory(prefix="flowserver-ci-")
-    unittest.addModuleCleanup(pages.cleanup)
-    ClientCase.pages = Path(pages.name)
-    make_pages(ClientCase.pages)
-    ClientCase.browser = Browser()
-    unittest.addModuleCleanup(ClientCase.browser.close)
+    set_up()
 
 
 class WholeTest(ClientCase):
@@ -199,8 +188,7 @@ class RefusalTest(ClientCase):
             self.assertIn(sentence, self.browser.find("#drop").text())
         self.assertLessEqual(len(self.sent()), MOST.get(str(mode), 1))
         self.browser.run(
-            "client.cancel();"
-            "requests.length = finished.length = failed.length = 0"
+            "client.cancel();requests.length = finished.length = failed.length = 0"
         )
 
 
@@ -236,9 +224,7 @@ RETRIES = [
         {**DROPZONE, "retryChunks": True, "parallelChunkUploads": True},
     ),
     Mode("fine", "retries", {"chunking": FINE, "retry": AUTO}),
-    Mode(
-        "fine", "retries of several", {"chunking": CONCURRENT, "retry": AUTO}
-    ),
+    Mode("fine", "retries of several", {"chunking": CONCURRENT, "retry": AUTO}),
     Mode("plupload", "retries", {**PLUPLOAD, "max_retries": 3}),
     Mode("uploady", "retries", {"chunked": True, "chunkSize": CHUNK, "retries": 4}),
 ]
@@ -261,6 +247,28 @@ class TroubleTest(ClientCase):
     def test_whole_files_are_cut_off_unanswered_repeated(self) -> None:
         self.check_faults(WHOLE_RETRIES, {1: "cut", 2: "lost", 3: "twice"})
 
+    def test_the_user_sends_again_what_had_arrived(self) -> None:
+        with self.served() as server:
+            for number, mode in enumerate(modes_of(UNREPEATED)):
+                files = {f"again {number}.bin": FILES[BIG]}
+                faults = {mode.chunks[0]: "lost"}
+                with (
+                    self.subTest(str(mode)),
+                    self.emptied(server),
+                    self.wired(server, faults) as wire,
+                ):
+                    self.open(wire.url, mode.library, mode.options)
+                    [path] = self.write(files)
+                    self.choose(path)
+                    self.wait_for_ends(1)
+                    self.assert_stored(server, files)
+                    self.browser.run("client.cancel(); failed.length = 0")
+                    self.browser.run("finished.length = 0")
+                    self.choose(path)
+                    self.wait_for_ends(1)
+                    self.assertEqual(self.told("failed"), [])
+                    self.assert_stored(server, files)
+
     def check_faults(
         self, modes: Sequence[Mode], faults: Mapping[int, str | int]
     ) -> None:
@@ -279,11 +287,15 @@ class TroubleTest(ClientCase):
                     self.assert_stored(server, files)
 
 
-# Ways through the server that differ; what is stopped in the middle takes a second each.
+# Ways through the server that differ: what is stopped in the middle takes a second.
 STOPPED = """
-simple, default / fine, chunked / fine, whole / plupload, chunked / plupload, raw
+simple, default / fine, chunked / plupload, chunked / plupload, raw
 blueimp, chunked / blueimp, raw / uploady, chunked / uppy, one file each
-dropzone, chunked / dropzone, chunks in parallel / dropzone5, whole
+dropzone, chunked / dropzone, chunks in parallel
+"""
+UNREPEATED = """
+simple, octet / fine, chunked / plupload, chunked / blueimp, chunked / blueimp, raw
+uploady, chunked / dropzone, chunked
 """
 PAUSED = "simple, default / simple, octet / fine, chunked / plupload, chunked"
 RESUMED = "simple, default / simple, octet"
@@ -426,9 +438,10 @@ class PictureTest(ClientCase):
             {"chunking": True},
             {},
         ]
-        for library in ("dropzone", "dropzone5"):
-            for own in options:
-                with self.subTest(library, **own), self.served() as server:
+        modes = [(lib, own) for lib in ("dropzone", "dropzone5") for own in options]
+        with self.served() as server:
+            for library, own in modes:
+                with self.subTest(library, **own), self.emptied(server):
                     self.open(server.url, library, {**own, **resize})
                     self.choose(path)
                     self.wait_for_ends(1)
@@ -569,8 +582,24 @@ class FormTest(ClientCase):
                 "There is a file ": (409, "-T", taken, f"{url}/"),
                 "outside": (400, "-F", f"file=@{taken};filename=../outside.bin", url),
                 "outside ": (400, "--path-as-is", "-T", taken, f"{url}/../outside.bin"),
-                "no name": (400, "-X", "POST", "--data-binary", f"@{taken}", "-H", "Content-Type: a/b", url),
-                "Content-Length": (411, "-H", "Transfer-Encoding: chunked", "-T", taken, f"{url}/"),
+                "no name": (
+                    400,
+                    "-X",
+                    "POST",
+                    "--data-binary",
+                    f"@{taken}",
+                    "-H",
+                    "Content-Type: a/b",
+                    url,
+                ),
+                "Content-Length": (
+                    411,
+                    "-H",
+                    "Transfer-Encoding: chunked",
+                    "-T",
+                    taken,
+                    f"{url}/",
+                ),
             }
             for sentence, (status, *arguments) in refused.items():
                 with self.subTest(sentence):
