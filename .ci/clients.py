@@ -12,6 +12,7 @@ import http.server
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -128,8 +129,9 @@ class Wire(http.server.ThreadingHTTPServer):
     """Between client and server, a network that spoils some requests with a body.
 
     `faults` says which, counted from 1, and how: "cut" ends the connection in the
-    middle of the body, "lost" after the server has answered, "twice" hands the same on
-    two times, a number is answered as a status instead of the server.
+    middle of the body, "ended" tells nobody before the server has noticed that, "lost"
+    ends it after the answer, "twice" hands the same on two times, a number is answered
+    as a status instead of the server.
     """
 
     daemon_threads = True
@@ -171,8 +173,8 @@ class _Hop(http.server.BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
             self.end_headers()
             return
-        if fault == "cut":
-            self.hand_on(body, len(body) // 2)
+        if fault in ("cut", "ended"):
+            self.hand_on(body, len(body) // 2, waits=fault == "ended")
             return
         if fault == "twice":
             self.hand_on(body, len(body))
@@ -190,7 +192,7 @@ class _Hop(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
 
     def hand_on(
-        self, body: bytes, size: int
+        self, body: bytes, size: int, waits: bool = False
     ) -> tuple[int, list[tuple[str, str]], bytes]:
         """Send the request, of its body `size` bytes; return what comes back."""
         connection = http.client.HTTPConnection(self.server.target, timeout=60)
@@ -203,6 +205,10 @@ class _Hop(http.server.BaseHTTPRequestHandler):
                     connection.putheader(name, value)
             connection.endheaders()
             connection.send(body[:size])
+            if waits:
+                connection.sock.shutdown(socket.SHUT_WR)
+                while connection.sock.recv(KIB):
+                    pass
             if size < len(body):
                 return 0, [], b""
             response = connection.getresponse()
@@ -398,6 +404,11 @@ class ClientCase(unittest.TestCase):
         return list((server.upload_dir / ".flowserver" / "v2").iterdir())
 
     def assert_only_receipts(self, server: Server) -> None:
+        # What was cut off may still be noticed.
+        self.browser.wait_for(
+            lambda: all(path.suffix == ".ledger" for path in self.kept(server)),
+            what="an end of all but receipts",
+        )
         for path in self.kept(server):
             self.assertRegex(path.name, r"^[0-9a-f]+\.ledger$")
             self.assertLess(path.stat().st_size, 4 * KIB)

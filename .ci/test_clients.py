@@ -333,7 +333,7 @@ class MiddleTest(ClientCase):
             # A new upload of these has an identifier of its own: what the first one
             # brought stays until it is stale.
             random = [m for m in modes if m.library in RANDOM and m.chunks != WHOLE]
-            left = [path for path in self.kept(server) if path.suffix != ".ledger"]
+            left = [path for path in self.kept(server) if path.suffix == ".data"]
             self.assertEqual(len(left), len(random))
 
     def test_a_paused_upload_goes_on(self) -> None:

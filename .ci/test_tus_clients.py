@@ -173,7 +173,7 @@ class TroubleTest(ClientCase):
     def test_a_cut_request_is_gone_on_with_where_it_was_cut(self) -> None:
         files = {"cut.bin": FILES[BIG]}
         with self.served() as server:
-            self.check_faults(server, TUS_MODES[0], files, {2: "cut"})
+            self.check_faults(server, TUS_MODES[0], files, {2: "ended"})
             patches = [one for one in self.sent() if one["method"] == "PATCH"]
             self.assertEqual(len(patches), 2)
             offset = int(patches[1]["headers"]["upload-offset"])
