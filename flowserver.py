@@ -4540,7 +4540,7 @@ def _unknown_host(host: str) -> Foreign:
 
 _FORM_ALLOWANCE = 256 * 1024  # bytes that a form may have beside the chunk
 _DRAIN_SIZE = 64 * 1024 * 1024  # bytes, where max_chunk_size sets no other limit
-_STAYS = "A finished file can't be removed here."
+_STAYS = "Only an unfinished upload can be removed here."
 
 
 class Incoming(NamedTuple):
@@ -4606,8 +4606,8 @@ class Intake:
         limit = getattr(self.settings, name)
         if limit and size > limit:
             raise TooLarge(
-                f"The {what} has {in_units(size)}; this server takes at most"
-                f" {in_units(limit)} ({name})."
+                f"The {what} is larger than {in_units(limit)}, which is the most that"
+                f" this server takes ({name})."
             )
 
     @property
@@ -4730,9 +4730,7 @@ class Chunks:
             raise Malformed("The upload to cancel is not named.")
         key = self._intake.upload(request, chunk).key
         if not self._intake.cancelled(request, key) and chunk.is_random:
-            if self._store.status(key):
-                raise Forbidden(_STAYS)
-            raise Missing("There is no such upload (any more).")  # a file may be
+            raise Forbidden(_STAYS)  # a button of the page says "remove"
         return _NO_CONTENT
 
     def _after_last_chunk(self, request: Request, content: Content) -> Response:
@@ -4784,7 +4782,9 @@ class Chunks:
         if content.given.get("qqresume") == "true" and not self._store.status(
             upload.key
         ):
-            return json_response(200, {"success": False, "reset": True})
+            complaint = "This upload is not known any more; please try again."
+            values = {"success": False, "reset": True, "error": complaint}
+            return json_response(200, values)
         fields = content.other_fields() if self._intake.tells else {}
         upload = self._intake.placed(upload, fields)
         end, received = chunk.start + chunk.length, 0
@@ -4872,7 +4872,7 @@ class Chunks:
     ) -> Response:
         """Say what became of each file; the status is that of the first refusal."""
         if "filepond" in content.given and not refusal:  # wants an id, and no JSON
-            return text_response(200, _FINISHED + secrets.token_hex(16))
+            return text_response(200, f"{secrets.token_hex(16)}-0")
         status = refusal.status if refusal else 200
         if request.is_navigation:
             return files_page(status, files)
@@ -4885,7 +4885,6 @@ class Chunks:
 
 
 _NO_PART = Part("", "", "")
-_FINISHED = "finished-"  # begins the identifiers that FilePond gets for whole files
 
 
 # ---- tus -----------------------------------------------------------------------------
@@ -4985,7 +4984,10 @@ class Tus:
         name = next((one for one in names if one not in _ABSENT), identifier)
         upload = self._upload(request, identifier, name)._replace(size=size)
         upload = self._intake.placed(upload, fields)._replace(fields=fields)
-        note = self._intake.note(self._store.open(upload), 0.0)
+        try:
+            note = self._intake.note(self._store.open(upload), 0.0)
+        except Conflict as error:  # tus-js-client would try again after a 409
+            raise Forbidden(str(error)) from None
         base = request.base
         if base is None:
             base = urllib.parse.quote(request.path.rpartition("/")[2])
@@ -5218,14 +5220,9 @@ class FilePond:
             raise Missing("There is no such upload.")
         content.next_file()
         text = b"".join(bytes(block) for block in content.blocks())
-        identifier = text.decode("ascii", "replace")
-        if identifier.startswith(_FINISHED):
+        upload = self._upload(request, text.decode("ascii", "replace"))
+        if not self._intake.cancelled(request, upload.key):
             raise Forbidden(_STAYS)
-        key = self._upload(request, identifier).key
-        status = self._store.status(key)
-        if status and status.is_finished:
-            raise Forbidden(_STAYS)
-        self._intake.cancelled(request, key)
         return _NO_CONTENT
 
 
