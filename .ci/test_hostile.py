@@ -2969,16 +2969,6 @@ class ResourceTest(Attack):
             self.refused(server, size=300_000, length=300_000)
             self.refused(server, size=300_000, length=100_000, number=3)
 
-    def test_a_folder_that_vanishes_is_not_made_again(self) -> None:
-        server = self.serve_here()
-        self.assert_stored(self.ask(post("a.txt"), server))
-        self.upload_dir.rename(str(self.upload_dir) + ".gone")
-        half = {"flowTotalSize": 10, "flowTotalChunks": 2}
-        for data in (post("b.txt"), post("c.txt", b"hello", **half)):
-            answer = self.ask(data, server)
-            self.assertEqual(answer.status, 503, answer.body)
-        self.assertFalse(self.upload_dir.exists())
-
 
 # ---- the log
 

@@ -639,12 +639,15 @@ def life_of_attempts_in_two_processes(life: Life) -> None:
     """The later one takes the place of the first."""
     store, other = life.store(), life.store()
     life.chunk(store, PLAIN, 1)
-    with life.begin(store, PLAIN, 2) as first:
-        first.write(bytes(700))
-        life.chunk(other, PLAIN, 2)
+    data = PLAIN.body(2)
+    first, second = life.begin(store, PLAIN, 2), life.begin(other, PLAIN, 2)
+    with first, second:
+        second.write(data[:700])
         with contextlib.suppress(flowserver.Trouble):
-            first.write(bytes(CHUNK - 700))
+            first.write(bytes(CHUNK))
             life.end(first, PLAIN, 2)
+        second.write(data[700:])
+        life.end(second, PLAIN, 2)
     life.chunk(store, PLAIN, 3)
 
 

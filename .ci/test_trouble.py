@@ -2,7 +2,7 @@
 
 Real where that can be had: a disk that is full, read-only or gone (a file system of its
 own, as root), descriptors that run out, a mount below the upload folder, a folder taken
-away. Beside them what needs many files, and faked systems in processes of their own.
+away. Beside them a disk that fails from any call on, and a faked Windows.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from attack import (
     leftovers,
     let_an_hour_pass,
     noise,
+    quick_folder,
 )
 
 IS_ROOT_ON_LINUX = sys.platform.startswith("linux") and os.geteuid() == 0
@@ -209,6 +210,7 @@ class TroubleTest(TroubleCase):
             away = self.home / "away"
             self.folder.rename(away)
             self.assert_trouble(client.post(FILE, 2), "gone")
+            self.assert_trouble(client.post(File("b.txt", b"whole"), 1), "gone")
             self.assertFalse(self.folder.exists())
             away.rename(self.folder)
             self.assert_goes_on(client)
@@ -245,35 +247,6 @@ class TroubleTest(TroubleCase):
             store.sweep(1, 1)
         self.assert_stored_once(self.folder, [DATA])
 
-    def test_ten_thousand_files_of_one_name(self) -> None:
-        """The next takes at most three times as many calls as one of ten."""
-        counts = {}
-        for many in (10, 10_000):
-            folder = self.home / f"many {many}"
-            folder.mkdir()
-            (folder / "x.bin").write_bytes(b"0")
-            for number in range(1, many):
-                (folder / f"x ({number}).bin").write_bytes(b"")
-            counts[many] = self.calls_for(folder, many)
-        self.assertLessEqual(counts[10_000], 3 * counts[10])
-
-    def calls_for(self, folder: Path, many: int) -> int:
-        counted = [0]
-
-        class Counting(flowserver.Disk):
-            def stat_path(self, path: str) -> Any:
-                counted[0] += 1
-                return super().stat_path(path)
-
-            def publish(self, source: str, target: str) -> None:
-                counted[0] += 1
-                super().publish(source, target)
-
-        store = flowserver.Store(str(folder), disk=Counting(False))
-        done = put(store, File("x.bin", b"some"), 1).done
-        self.assertEqual(done.filename, f"x ({many}).bin")
-        return counted[0]
-
 
 class FailingDisk(flowserver.Disk):
     """From a certain call on every call fails, until the disk is healthy again."""
@@ -306,10 +279,14 @@ class AnyCallTest(TroubleCase):
     CHANGED = File("a/b.bin", noise(3017, seed=4))
     WHOLE = File("a/b.bin", noise(700, seed=5))
 
+    def setUp(self) -> None:
+        self.folder = quick_folder("flowserver-trouble")
+        self.addCleanup(shutil.rmtree, self.folder)
+
     def send_all(self, disk: FailingDisk, healthy_calls: int) -> bool:
         """Send chunks, each until it is stored; return whether there was trouble."""
-        done: list[Any] = []
-        store = flowserver.Store(str(self.folder), disk=disk, announce=done.append)
+        self.done: list[Any] = []
+        store = self.store(disk)
         disk.left = healthy_calls
         self.send(store, self.TAKEN, 1, 2, 3)
         self.send(store, self.PLAIN, 3, 1, 2, 2)
@@ -318,9 +295,14 @@ class AnyCallTest(TroubleCase):
         except flowserver.Conflict:  # something had come again, after some trouble
             self.send(store, self.CHANGED, 2, 1, 3)
         self.send(store, self.WHOLE, 1)
-        ids = {(one.id, one.relative_path) for one in done}
-        self.assertEqual((len(done), len(ids)), (4, 4))
+        self.assertEqual((len(self.done), len(self.ids())), (4, 4))
         return disk.was_sick
+
+    def store(self, disk: Any = None) -> Any:
+        return flowserver.Store(str(self.folder), disk=disk, announce=self.done.append)
+
+    def ids(self) -> set[tuple[str, str]]:
+        return {(one.id, one.relative_path) for one in self.done}
 
     def send(self, store: Any, file: File, *numbers: int) -> None:
         for number in numbers:
@@ -344,8 +326,8 @@ class AnyCallTest(TroubleCase):
                         break
                     calls += 1
                     let_an_hour_pass(self.folder)
-                    later = flowserver.Store(str(self.folder), announce=print)
-                    later.sweep(1e9, 1e9)
+                    self.store().sweep(1e9, 1e9)
+                    self.assertEqual(len(self.ids()), 4)  # it may have told one again
                     self.assert_stored_once(self.folder, [one.data for one in files])
         print(f"\n{calls} calls failed, and all that followed", flush=True)
         self.assertGreater(calls, 3 * 100)
