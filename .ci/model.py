@@ -44,7 +44,6 @@ class Task:
         self.turns, self.process, self.work = turns, process, work
         self.ready: Callable[[], bool] | None = None  # what it waits for,
         self.until = FOREVER  # and how long
-        self.is_waiting = False  # for what may still differ
         self.error: BaseException | None = None
         self.baton = threading.Lock()
         self.baton.acquire()
@@ -100,6 +99,11 @@ class Turns:
     def sleep(self, seconds: float) -> None:
         self.pause(lambda: False, self.now + seconds)
 
+    def may_switch(self) -> None:
+        """Let others go on here, or not."""
+        if self.rng.random() < self.rate:
+            self.pause()
+
     def resume(self, task: Task) -> None:
         """Let a task go on until it pauses or ends."""
         self.current = task
@@ -118,6 +122,7 @@ class Lock:
         self.is_held = False
 
     def __enter__(self) -> None:
+        self.turns.may_switch()
         if self.is_held:
             self.turns.pause(lambda: not self.is_held)
         self.is_held = True
@@ -135,11 +140,8 @@ class Condition(Lock):
         self.news += 1
 
     def wait(self, seconds: float) -> None:
-        task, seen, self.is_held = self.turns.current, self.news, False
-        assert task is not None
-        task.is_waiting = True
+        seen, self.is_held = self.news, False
         self.turns.pause(lambda: self.news != seen, self.turns.now + seconds)
-        task.is_waiting = False
         self.__enter__()
 
 
@@ -152,6 +154,7 @@ class Files(flowserver.Disk):  # type: ignore[name-defined, misc]
     def __init__(self, world: World, process: Process) -> None:
         super().__init__()
         self.world, self.process = world, process
+        self.links = world.plan.links
         self.opened: dict[int, int] = {}  # inodes, by descriptor
 
     def open(self, path: str, flags: int) -> int:
@@ -194,12 +197,19 @@ class Files(flowserver.Disk):  # type: ignore[name-defined, misc]
         pass
 
     def publish(self, source: str, target: str) -> None:
+        if not self.links and not os.path.exists(target):
+            self.world.turns.may_switch()  # the other thread has no lock of names?
         super().publish(source, target)
-        self.world.see(source, target)
+        self.world.see(self.process, source, target)
 
     def rename(self, source: str, target: str) -> None:
         super().rename(source, target)
-        self.world.see(source, target)
+        self.world.see(self.process, source, target)
+
+    def unlink(self, path: str) -> None:
+        if path.endswith(".ledger"):
+            self.world.judge_drop(self.process, path)
+        super().unlink(path)
 
     def lock(self, fd: int) -> None:
         while not Files.try_lock(self, fd):
@@ -227,10 +237,9 @@ class ModelDisk(Files):
             raise Killed
         if world.is_verbose:
             world.note(f"    {process}: {name} {arguments}")
-        if world.rng.random() < world.turns.rate:
-            world.turns.pause()
+        world.turns.may_switch()
         process.calls_to_death -= 1
-        if process.calls_to_death:
+        if process.calls_to_death and name != process.dies_at:
             return work(*arguments)
         fate = world.rng.choice(("before", "after", "half"))
         if fate == "half" and name == "write":
@@ -256,6 +265,32 @@ for _name in (
 # ---- processes -----------------------------------------------------------------------
 
 
+class ModelStore(flowserver.Store):  # type: ignore[name-defined, misc]
+    """The real store; the world hears whose upload a request is about."""
+
+    def __init__(self, world: World, *arguments: Any, **options: Any) -> None:
+        self.world = world
+        super().__init__(*arguments, **options)
+
+    def receive(self, upload: Any, start: int, end: int) -> Any:
+        self.world.meet(upload.key)
+        return super().receive(upload, start, end)
+
+    def has(self, upload: Any, start: int, end: int) -> Any:
+        self.world.meet(upload.key)
+        return super().has(upload, start, end)
+
+    def forget(self, upload: Any) -> Any:
+        self.world.meet(upload.key)
+        return super().forget(upload)
+
+    def sweep(self, *seconds: float) -> None:
+        exchange = self.world.exchange()
+        if exchange:  # it has ended, and tidies up
+            exchange.is_sweeping = True
+        super().sweep(*seconds)
+
+
 class Process:
     """One UploadApp over the folder, and the application that it is part of."""
 
@@ -263,6 +298,7 @@ class Process:
         self.world, self.number = world, number
         self.is_dead = False
         self.calls_to_death = 0  # counted down from there
+        self.dies_at = ""  # a call
         self.disk = ModelDisk(world, self)
         self.app: Any = None  # while it starts
         Task(world.turns, self, self.start)
@@ -277,7 +313,8 @@ class Process:
             return world.turns.now
 
         announce = self.announce if plan.announces else None
-        store = flowserver.Store(
+        store = ModelStore(
+            world,
             str(world.folder),
             on_conflict=plan.policy,
             disk=self.disk,
@@ -322,7 +359,6 @@ class Process:
             if exchange.process is self and not exchange.is_over:
                 exchange.is_over, exchange.ended = True, world.turns.now
                 world.arrivals.append((exchange, None))
-                world.may_have_dropped(exchange)
         world.processes[world.processes.index(self)] = world.new_process()
 
 
@@ -354,11 +390,12 @@ class Person:
         self.library = rng.choice((FLOW, RESUMABLE))
         self.retries = rng.choice(self.library.retries)
         self.tests = rng.random() < 0.6
+        self.forces, self.is_two_ended = rng.random() < 0.2, rng.random() < 0.2
         self.pages: list[Page] = []
         self.cookies: dict[str, str] = {}  # the oldest first
         self.moves = 0
-        self.senders: set[str] = set()  # that processes took them for
-        self.dropped = 0.0  # when something of theirs was dropped, last
+        self.keys: set[str] = set()  # of their uploads
+        self.refused = 0.0  # when something of theirs was dropped by that, last
         is_secret = world.plan.identity == "secret"
         word = f"flowserver-{number:032x}-" if is_secret else f"{len(content)}-"
         self.identifier = word + "abin"
@@ -399,12 +436,15 @@ class Page:
         self.content = person.versions[-1]
         self.began = self.world.turns.now
         self.is_paused = self.has_failed = self.is_left = False
-        self.senders: set[str] = set()  # whom its chunks were recorded for
+        self.keys: set[str] = set()  # of the uploads that have its chunks
         self.excuse = ""  # why it may have lost what was acknowledged
         self.chunk_size = size = self.world.rng.choice(self.world.plan.chunk_sizes)
-        count = max(len(self.content) // size, 1)
+        more = (size - 1) * person.forces  # forceChunkSize: the last one is small
+        count = max((len(self.content) + more) // size, 1)
         edges = [*range(0, count * size, size), len(self.content)]
         self.chunks = [Chunk(n + 1, edges[n], edges[n + 1]) for n in range(count)]
+        if person.is_two_ended and count > 2:  # prioritizeFirstAndLastChunk
+            self.chunks.insert(1, self.chunks.pop())
 
     def __repr__(self) -> str:
         number = self.person.pages.index(self)
@@ -479,9 +519,11 @@ class Exchange:
         self.cut = -1  # where the body hangs,
         self.delay, self.rest = 0.0, "goes on"  # how long, and then?
         self.is_lost = False  # nobody hears the answer
-        self.is_over = self.was_sample = False
+        self.is_over = self.is_sweeping = False
+        self.was_sample = self.has_dropped = False
+        self.key = ""  # of its upload, as soon as the store knows
         self.status, self.error = 0, ""  # of the answer
-        # When it was begun, has brought a block, all of them, and an answer.
+        # When it was begun, may bring bytes, brings no more of them, and is answered.
         self.began = self.joined = self.arrived = self.ended = FOREVER
         self.process: Process = self.world.rng.choice(self.world.processes)
         self.client = self.person.address()
@@ -564,11 +606,12 @@ class Exchange:
 
     def fill(self, at_once: bool) -> tuple[bytes, int]:
         """Return the next block, when it comes, and its size."""
-        if self.position:
-            self.joined = min(self.joined, self.turns.now)
+        self.joined = min(self.joined, self.turns.now)
         self.turns.pause()
         if self.position == self.cut:
             self.turns.sleep(self.delay)
+            if self.rest != "goes on":
+                self.arrived = self.turns.now
             if self.rest == "breaks":
                 raise flowserver.Truncated("The connection broke.")
             if self.rest == "ends":
@@ -581,6 +624,12 @@ class Exchange:
         if end == len(self.body):
             self.arrived = self.turns.now
         return block, len(block)
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether the store still waits for bytes of it."""
+        is_begun = self.joined <= self.turns.now < self.arrived
+        return is_begun and not (self.is_over or self.is_sweeping)
 
     def overlaps(self, other: Exchange) -> bool:
         """Whether both are of one person and mean bytes of one place."""
