@@ -640,3 +640,10 @@ class Exchange:
         """Whether this one brings other bytes to that place."""
         span = slice(max(self.start, other.start), min(self.end, other.end))
         return bool(self.body) and self.page.content[span] != other.page.content[span]
+
+    def replaces(self, asked: Exchange) -> bool:
+        """Whether this brings a sample that was asked for, or asks for another."""
+        is_later = self.ended >= asked.began and self is not asked
+        is_other = self.method == "GET" and self.end != asked.end
+        is_other = is_other and (self.start < 1) == (asked.start < 1)
+        return is_later and (is_other or bool(self.body) and self.overlaps(asked))

@@ -174,7 +174,9 @@ class World:
 
     def hear_warning(self, sentence: str) -> None:
         # What died was named, and then edited by the application, in this moment.
-        if not (self.has_died and self.is_disturbed):
+        was_edited = self.has_died and self.is_disturbed
+        is_taken = self.plan.policy == "refuse" and "There is a file" in sentence
+        if not (was_edited or is_taken):
             raise Wrong(f"warns: {sentence}")
 
     # Steps
@@ -275,9 +277,10 @@ class World:
         file.until, self.is_disturbed = self.turns.now, True
         self.taken = self.turns.now
         if self.plan.removes == "edits":
+            place, content = self.rng.randint(0, self.plan.size), file.content + b"!"
             with open(self.folder / path, "rb+") as edited:
-                edited.seek(self.rng.randint(0, self.plan.size))
-                edited.write(b"!")
+                edited.seek(place)
+                edited.write(bytes([content[place] ^ 1]))
             os.utime(self.folder / path, (self.turns.now, self.turns.now))
         else:
             os.unlink(self.folder / path)
@@ -393,18 +396,21 @@ class World:
         self.counts[f"a mix that nobody can know of ({where})"] += 1
         self.mixed = self.turns.now
 
+    def coming(self, process: Process, key: str) -> list[Exchange]:
+        """Return what still brings bytes of an upload, which nobody may have ended."""
+        here = [e for e in self.exchanges if e.process is process and e.key == key]
+        begun = self.look(key).begun.time
+        coming = (e for e in here if e.is_coming and e.joined > begun)
+        return [e for e in coming if not self.is_contradicted(e)]
+
     def judge_wait(self, process: Process, key: str) -> None:
         """A file gets its name: what may still differ was waited for."""
-        end, begun = self.exchange(), self.look(key).begun.time
-        here = [e for e in self.exchanges if e.process is process and e.key == key]
-        awaited = [e for e in here if e.is_coming and e.joined > begun]
+        end, awaited = self.exchange(), self.coming(process, key)
         if end and not end.is_sweeping:
             if len(end.body) == self.plan.size or self.turns.now - end.arrived > WAIT:
                 return
             awaited = [e for e in awaited if e.joined < end.arrived]
-            asked = [e for e in here if e.was_sample and e.ended < end.arrived]
-            awaited += [e for e in asked if not self.has_come(e, here)]
-        awaited = [e for e in awaited if e.was_sample or not self.is_contradicted(e)]
+            awaited += [e for e in self.asked(process, key) if e.ended < end.arrived]
         if awaited:
             raise Wrong(f"nobody waits for {awaited}")
 
@@ -413,13 +419,11 @@ class World:
         rivals = (other for other in self.exchanges if other.overlaps(exchange))
         return any(other.differs(exchange) for other in rivals)
 
-    def has_come(self, asked: Exchange, here: list[Exchange]) -> bool:
-        """A sample that was asked for came, or another was asked for in its place."""
-        later = [e for e in here if e.ended >= asked.began and e is not asked]
-        same = [e for e in later if (e.start < 1) == (asked.start < 1)]
-        is_replaced = any(e.method == "GET" and e.end != asked.end for e in same)
-        has_come = any(e.body and e.overlaps(asked) for e in later)
-        return is_replaced or has_come or self.turns.now - asked.began > WAIT
+    def asked(self, process: Process, key: str) -> list[Exchange]:
+        """Return the tests that asked for a sample which has not come."""
+        here = [e for e in self.exchanges if e.process is process and e.key == key]
+        asked = (e for e in here if e.was_sample and self.turns.now - e.began < WAIT)
+        return [e for e in asked if not any(o.replaces(e) for o in here)]
 
     def judge_files(self) -> None:
         there = {path.name for path in self.folder.iterdir()} - {".flowserver"}
@@ -549,7 +553,9 @@ class World:
                 page.excuse = reason
 
     def reason_to_drop(self, process: Process, key: str, state: Any) -> str:
-        exchange = self.exchange()
+        exchange, is_refusing = self.exchange(), self.plan.policy == "refuse"
+        if is_refusing and state.is_unfinished and state.is_complete and self.published:
+            return "refused"
         if exchange is None or exchange.is_sweeping:
             return self.reason_to_sweep(process, key, state)
         if exchange.method == "DELETE" and state.is_unfinished:
@@ -559,17 +565,18 @@ class World:
         if state.is_unfinished and exchange.method == "POST":
             if not state.ranges.total:
                 return "empty"
-            stored = (self.state_dir / f"{key}-{state.generation}.data").read_bytes()
-            for low, high in state.ranges.within(exchange.start, exchange.end):
-                if stored[low:high] != exchange.page.content[low:high]:
-                    return "refused"
-            if state.is_complete and self.plan.policy == "refuse" and self.published:
+            if self.is_refuted(exchange, state.begun.time):
                 return "refused"
         raise Wrong(f"{exchange} drops an upload without a reason")
 
+    def is_refuted(self, exchange: Exchange, begun: float) -> bool:
+        """Other bytes of its place had come before it, or before it left for this."""
+        joined = exchange.joined if begun < exchange.joined else self.turns.now
+        rivals = (other for other in self.exchanges if other.overlaps(exchange))
+        return any(o.arrived <= joined and o.differs(exchange) for o in rivals)
+
     def reason_to_sweep(self, process: Process, key: str, state: Any) -> str:
         ours = [e for e in self.exchanges if e.process is process and e.key == key]
-        coming = [e for e in ours if e.is_coming and not self.is_contradicted(e)]
         files = [self.state_dir / f"{key}.ledger"]
         files += self.state_dir.glob(f"{key}-{state.generation}.data")
         age = self.turns.now - max(file.stat().st_mtime for file in files)
@@ -577,7 +584,7 @@ class World:
         is_old = is_told and age > HOUR if state.finished else age > 7 * DAY
         came = [e for e in ours if e.status == 200 and e.method == "POST"]
         was_here = state.finished and any(self.turns.now - e.began < HOUR for e in came)
-        if not is_old or was_here or coming:
+        if not is_old or was_here or self.coming(process, key):
             raise Wrong(f"{process} sweeps {key}, which is wanted")
         return "stale"
 
@@ -599,6 +606,8 @@ class World:
             page.excuse = "the version before ended meanwhile"
         elif self.plan.changes and page.person.refused > page.began:
             page.excuse = "another request was told of the change"
+        elif self.plan.policy == "refuse" and page.person.refused > page.began:
+            page.excuse = "another request was told that there is a file already"
         elif page in self.skipped:
             page.excuse = "what was here was of the version before"
         if not page.excuse:
@@ -648,14 +657,14 @@ class World:
             if not page.has_failed:
                 break
         if not page.is_complete:
-            others = {f.content for f in self.files.values()} - {page.content}
-            if self.plan.policy == "refuse" and others:
+            if self.plan.policy == "refuse" and self.files:
                 return
             raise Wrong(f"{page} is refused again")
         self.judge_page(page)
 
     def end(self) -> None:
         """Nothing is open, and a week later nothing is left."""
+        gc.collect()  # TODO: without this
         if any(process.disk.opened for process in self.processes):
             raise Wrong("a descriptor stays open")
         for _ in range(2):
