@@ -203,8 +203,12 @@ class Files(flowserver.Disk):  # type: ignore[name-defined, misc]
         self.world.see(self.process, source, target)
 
     def rename(self, source: str, target: str) -> None:
+        before = self.world.look(os.path.basename(target)[:40])
         super().rename(source, target)
-        self.world.see(self.process, source, target)
+        if target.endswith(".ledger"):
+            self.world.judge_receipt(target, before)
+        else:
+            self.world.see(self.process, source, target)
 
     def unlink(self, path: str) -> None:
         if path.endswith(".ledger"):
@@ -337,7 +341,7 @@ class Process:
         """The application takes the file: it may move it away at once."""
         world = self.world
         world.note(f"{self}: on_complete {done.relative_path}")
-        world.turns.pause()
+        world.turns.sleep(0 if world.is_calm else world.rng.choice((0, 0, 0, 5, 30)))
         world.told.append((done.id, done.relative_path, world.turns.now))
         if world.plan.removes == "at once" and world.rng.random() < 0.5:
             world.remove(done.relative_path)
@@ -522,6 +526,7 @@ class Exchange:
         self.is_over = self.is_sweeping = False
         self.was_sample = self.has_dropped = False
         self.key = ""  # of its upload, as soon as the store knows
+        self.generation = ""  # of that, when it was begun
         self.status, self.error = 0, ""  # of the answer
         # When it was begun, may bring bytes, brings no more of them, and is answered.
         self.began = self.joined = self.arrived = self.ended = FOREVER
@@ -606,7 +611,9 @@ class Exchange:
 
     def fill(self, at_once: bool) -> tuple[bytes, int]:
         """Return the next block, when it comes, and its size."""
-        self.joined = min(self.joined, self.turns.now)
+        if self.joined == FOREVER:
+            self.joined = self.turns.now
+            self.generation = self.world.look(self.key).generation
         self.turns.pause()
         if self.position == self.cut:
             self.turns.sleep(self.delay)

@@ -480,6 +480,8 @@ class World:
             place = (exchange.start, exchange.end, exchange.began, is_partial)
             if self.dropped.get(key, 0) < exchange.began:
                 self.acks.append(Ack(key, exchange.page.content, *place))
+            if is_partial:
+                self.judge_version(exchange, self.look(key))
         elif self.is_quiet(key, exchange.began):
             self.judge_test(exchange, self.look(key))
 
@@ -503,6 +505,20 @@ class World:
             raise Wrong(f"{exchange} is told so of {list(state.ranges)}")
         if exchange.status == 200 and self.plan.changes:
             self.skipped.append(exchange.page)
+
+    def judge_version(self, exchange: Exchange, state: Any) -> None:
+        """It went on in the upload that it was begun in, or in the one after that."""
+        versions = (state.generation, state.begun.supersedes)
+        is_old = state.begun.time < exchange.arrived  # nothing has come in between
+        if is_old and exchange.generation not in versions and state.is_unfinished:
+            raise Wrong(f"{exchange} goes on in another version")
+
+    def judge_receipt(self, path: str, before: Any) -> None:
+        """What is cut down says all that must be known."""
+        now = self.look(os.path.basename(path)[:40])
+        for name in ("begun", "finished", "claims", "is_announced", "came_again"):
+            if getattr(before, name) != getattr(now, name):
+                raise Wrong(f"a receipt is cut down, and loses {name}")
 
     def judge_error(self, exchange: Exchange, key: str) -> None:
         """Errors come only where section 4 of the design has them."""
@@ -560,7 +576,8 @@ class World:
             return self.reason_to_sweep(process, key, state)
         if exchange.method == "DELETE" and state.is_unfinished:
             return "cancelled"
-        if state.finished and state.came_again and exchange.method == "POST":
+        is_part = exchange.method == "POST" and len(exchange.body) < self.plan.size
+        if state.finished and state.came_again and is_part:
             return "refused"
         if state.is_unfinished and exchange.method == "POST":
             if not state.ranges.total:
@@ -584,6 +601,8 @@ class World:
         is_old = is_told and age > HOUR if state.finished else age > 7 * DAY
         came = [e for e in ours if e.status == 200 and e.method == "POST"]
         was_here = state.finished and any(self.turns.now - e.began < HOUR for e in came)
+        if not state.upload.size and state.is_unfinished and len(files) == 1:
+            return "empty"  # it died before it had made the data file
         if not is_old or was_here or self.coming(process, key):
             raise Wrong(f"{process} sweeps {key}, which is wanted")
         return "stale"
