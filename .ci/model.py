@@ -526,7 +526,7 @@ class Exchange:
         self.is_over = self.is_sweeping = False
         self.was_sample = self.has_dropped = False
         self.key = ""  # of its upload, as soon as the store knows
-        self.generation = ""  # of that, when it was begun
+        self.found: Any = None  # of that, when it was begun
         self.status, self.error = 0, ""  # of the answer
         # When it was begun, may bring bytes, brings no more of them, and is answered.
         self.began = self.joined = self.arrived = self.ended = FOREVER
@@ -613,7 +613,7 @@ class Exchange:
         """Return the next block, when it comes, and its size."""
         if self.joined == FOREVER:
             self.joined = self.turns.now
-            self.generation = self.world.look(self.key).generation
+            self.found = self.world.look(self.key)
         self.turns.pause()
         if self.position == self.cut:
             self.turns.sleep(self.delay)

@@ -442,12 +442,14 @@ class World:
         kept += (".part", ".call") if self.has_died else ()
         for path in self.state_dir.iterdir():
             is_kept = path.suffix in kept or path.name == "names.lock"
-            key = path.name.partition("-")[0]
+            key = path.name[:40]
             state = self.look(key)
             if path.suffix == ".data":
                 has_bytes = state.ranges.total or self.has_died
                 is_mine = path.stem == f"{key}-{state.generation}"
                 is_kept = is_kept and is_mine and state.is_unfinished and has_bytes
+            elif path.suffix == ".ledger":
+                is_kept = is_kept and bool(state.generation or self.has_died)
             if state.is_unfinished and state.is_complete:
                 raise Wrong(f"{path.name} is complete, and never finished")
             if not is_kept:
@@ -510,7 +512,7 @@ class World:
         """It went on in the upload that it was begun in, or in the one after that."""
         versions = (state.generation, state.begun.supersedes)
         is_old = state.begun.time < exchange.arrived  # nothing has come in between
-        if is_old and exchange.generation not in versions and state.is_unfinished:
+        if is_old and exchange.found.generation not in versions and state.is_unfinished:
             raise Wrong(f"{exchange} goes on in another version")
 
     def judge_receipt(self, path: str, before: Any) -> None:
@@ -536,8 +538,11 @@ class World:
             is_right = bool(elsewhere or is_changed and (met or has_ended))
             is_right |= self.taken >= began
         elif error == CANCELLED:
-            began_anew = self.look(key).begun.time >= began
-            is_right = began_anew or self.dropped.get(key, 0) >= began
+            begun, found = self.look(key).begun, exchange.found
+            may_follow = found and found.finished and found.begun != begun
+            may_follow = may_follow and begun.supersedes == found.generation
+            is_right = begun.time >= began and not may_follow
+            is_right |= self.dropped.get(key, 0) >= began
         elif "is gone" in error:  # a private file is swept after an hour of silence;
             was_edited = self.has_died and self.is_disturbed  # named, died, edited
             is_late = exchange.ended - began > HOUR
