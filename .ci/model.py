@@ -44,7 +44,6 @@ class Task:
         self.turns, self.process, self.work = turns, process, work
         self.ready: Callable[[], bool] | None = None  # what it waits for,
         self.until = FOREVER  # and how long
-        self.is_waiting = False  # for what may still differ
         self.error: BaseException | None = None
         self.baton = threading.Lock()
         self.baton.acquire()
@@ -100,6 +99,11 @@ class Turns:
     def sleep(self, seconds: float) -> None:
         self.pause(lambda: False, self.now + seconds)
 
+    def may_switch(self) -> None:
+        """Let others go on here, or not."""
+        if self.rng.random() < self.rate:
+            self.pause()
+
     def resume(self, task: Task) -> None:
         """Let a task go on until it pauses or ends."""
         self.current = task
@@ -118,6 +122,7 @@ class Lock:
         self.is_held = False
 
     def __enter__(self) -> None:
+        self.turns.may_switch()
         if self.is_held:
             self.turns.pause(lambda: not self.is_held)
         self.is_held = True
@@ -135,11 +140,8 @@ class Condition(Lock):
         self.news += 1
 
     def wait(self, seconds: float) -> None:
-        task, seen, self.is_held = self.turns.current, self.news, False
-        assert task is not None
-        task.is_waiting = True
+        seen, self.is_held = self.news, False
         self.turns.pause(lambda: self.news != seen, self.turns.now + seconds)
-        task.is_waiting = False
         self.__enter__()
 
 
@@ -152,6 +154,7 @@ class Files(flowserver.Disk):  # type: ignore[name-defined, misc]
     def __init__(self, world: World, process: Process) -> None:
         super().__init__()
         self.world, self.process = world, process
+        self.links = world.plan.links
         self.opened: dict[int, int] = {}  # inodes, by descriptor
 
     def open(self, path: str, flags: int) -> int:
@@ -194,12 +197,23 @@ class Files(flowserver.Disk):  # type: ignore[name-defined, misc]
         pass
 
     def publish(self, source: str, target: str) -> None:
+        if not self.links and not os.path.exists(target):
+            self.world.turns.may_switch()  # the other thread has no lock of names?
         super().publish(source, target)
-        self.world.see(source, target)
+        self.world.see(self.process, source, target)
 
     def rename(self, source: str, target: str) -> None:
+        before = self.world.look(os.path.basename(target)[:40])
         super().rename(source, target)
-        self.world.see(source, target)
+        if target.endswith(".ledger"):
+            self.world.judge_receipt(target, before)
+        else:
+            self.world.see(self.process, source, target)
+
+    def unlink(self, path: str) -> None:
+        if path.endswith(".ledger"):
+            self.world.judge_drop(self.process, path)
+        super().unlink(path)
 
     def lock(self, fd: int) -> None:
         while not Files.try_lock(self, fd):
@@ -227,10 +241,9 @@ class ModelDisk(Files):
             raise Killed
         if world.is_verbose:
             world.note(f"    {process}: {name} {arguments}")
-        if world.rng.random() < world.turns.rate:
-            world.turns.pause()
+        world.turns.may_switch()
         process.calls_to_death -= 1
-        if process.calls_to_death:
+        if process.calls_to_death and name != process.dies_at:
             return work(*arguments)
         fate = world.rng.choice(("before", "after", "half"))
         if fate == "half" and name == "write":
@@ -256,6 +269,32 @@ for _name in (
 # ---- processes -----------------------------------------------------------------------
 
 
+class ModelStore(flowserver.Store):  # type: ignore[name-defined, misc]
+    """The real store; the world hears whose upload a request is about."""
+
+    def __init__(self, world: World, *arguments: Any, **options: Any) -> None:
+        self.world = world
+        super().__init__(*arguments, **options)
+
+    def receive(self, upload: Any, start: int, end: int) -> Any:
+        self.world.meet(upload.key)
+        return super().receive(upload, start, end)
+
+    def has(self, upload: Any, start: int, end: int) -> Any:
+        self.world.meet(upload.key)
+        return super().has(upload, start, end)
+
+    def forget(self, upload: Any) -> Any:
+        self.world.meet(upload.key)
+        return super().forget(upload)
+
+    def sweep(self, *seconds: float) -> None:
+        exchange = self.world.exchange()
+        if exchange:  # it has ended, and tidies up
+            exchange.is_sweeping = True
+        super().sweep(*seconds)
+
+
 class Process:
     """One UploadApp over the folder, and the application that it is part of."""
 
@@ -263,6 +302,7 @@ class Process:
         self.world, self.number = world, number
         self.is_dead = False
         self.calls_to_death = 0  # counted down from there
+        self.dies_at = ""  # a call
         self.disk = ModelDisk(world, self)
         self.app: Any = None  # while it starts
         Task(world.turns, self, self.start)
@@ -277,7 +317,8 @@ class Process:
             return world.turns.now
 
         announce = self.announce if plan.announces else None
-        store = flowserver.Store(
+        store = ModelStore(
+            world,
             str(world.folder),
             on_conflict=plan.policy,
             disk=self.disk,
@@ -300,7 +341,7 @@ class Process:
         """The application takes the file: it may move it away at once."""
         world = self.world
         world.note(f"{self}: on_complete {done.relative_path}")
-        world.turns.pause()
+        world.turns.sleep(0 if world.is_calm else world.rng.choice((0, 0, 0, 5, 30)))
         world.told.append((done.id, done.relative_path, world.turns.now))
         if world.plan.removes == "at once" and world.rng.random() < 0.5:
             world.remove(done.relative_path)
@@ -322,7 +363,6 @@ class Process:
             if exchange.process is self and not exchange.is_over:
                 exchange.is_over, exchange.ended = True, world.turns.now
                 world.arrivals.append((exchange, None))
-                world.may_have_dropped(exchange)
         world.processes[world.processes.index(self)] = world.new_process()
 
 
@@ -354,11 +394,12 @@ class Person:
         self.library = rng.choice((FLOW, RESUMABLE))
         self.retries = rng.choice(self.library.retries)
         self.tests = rng.random() < 0.6
+        self.forces, self.is_two_ended = rng.random() < 0.2, rng.random() < 0.2
         self.pages: list[Page] = []
         self.cookies: dict[str, str] = {}  # the oldest first
         self.moves = 0
-        self.senders: set[str] = set()  # that processes took them for
-        self.dropped = 0.0  # when something of theirs was dropped, last
+        self.keys: set[str] = set()  # of their uploads
+        self.refused = 0.0  # when something of theirs was dropped by that, last
         is_secret = world.plan.identity == "secret"
         word = f"flowserver-{number:032x}-" if is_secret else f"{len(content)}-"
         self.identifier = word + "abin"
@@ -399,12 +440,15 @@ class Page:
         self.content = person.versions[-1]
         self.began = self.world.turns.now
         self.is_paused = self.has_failed = self.is_left = False
-        self.senders: set[str] = set()  # whom its chunks were recorded for
+        self.keys: set[str] = set()  # of the uploads that have its chunks
         self.excuse = ""  # why it may have lost what was acknowledged
         self.chunk_size = size = self.world.rng.choice(self.world.plan.chunk_sizes)
-        count = max(len(self.content) // size, 1)
+        more = (size - 1) * person.forces  # forceChunkSize: the last one is small
+        count = max((len(self.content) + more) // size, 1)
         edges = [*range(0, count * size, size), len(self.content)]
         self.chunks = [Chunk(n + 1, edges[n], edges[n + 1]) for n in range(count)]
+        if person.is_two_ended and count > 2:  # prioritizeFirstAndLastChunk
+            self.chunks.insert(1, self.chunks.pop())
 
     def __repr__(self) -> str:
         number = self.person.pages.index(self)
@@ -479,9 +523,12 @@ class Exchange:
         self.cut = -1  # where the body hangs,
         self.delay, self.rest = 0.0, "goes on"  # how long, and then?
         self.is_lost = False  # nobody hears the answer
-        self.is_over = self.was_sample = False
+        self.is_over = self.is_sweeping = False
+        self.was_sample = self.has_dropped = False
+        self.key = ""  # of its upload, as soon as the store knows
+        self.found: Any = None  # of that, when it was begun
         self.status, self.error = 0, ""  # of the answer
-        # When it was begun, has brought a block, all of them, and an answer.
+        # When it was begun, may bring bytes, brings no more of them, and is answered.
         self.began = self.joined = self.arrived = self.ended = FOREVER
         self.process: Process = self.world.rng.choice(self.world.processes)
         self.client = self.person.address()
@@ -564,11 +611,14 @@ class Exchange:
 
     def fill(self, at_once: bool) -> tuple[bytes, int]:
         """Return the next block, when it comes, and its size."""
-        if self.position:
-            self.joined = min(self.joined, self.turns.now)
+        if self.joined == FOREVER:
+            self.joined = self.turns.now
+            self.found = self.world.look(self.key)
         self.turns.pause()
         if self.position == self.cut:
             self.turns.sleep(self.delay)
+            if self.rest != "goes on":
+                self.arrived = self.turns.now
             if self.rest == "breaks":
                 raise flowserver.Truncated("The connection broke.")
             if self.rest == "ends":
@@ -582,6 +632,12 @@ class Exchange:
             self.arrived = self.turns.now
         return block, len(block)
 
+    @property
+    def is_coming(self) -> bool:
+        """Whether the store still waits for bytes of it."""
+        is_begun = self.joined <= self.turns.now < self.arrived
+        return is_begun and not (self.is_over or self.is_sweeping)
+
     def overlaps(self, other: Exchange) -> bool:
         """Whether both are of one person and mean bytes of one place."""
         is_near = self.start < other.end and other.start < self.end
@@ -591,3 +647,10 @@ class Exchange:
         """Whether this one brings other bytes to that place."""
         span = slice(max(self.start, other.start), min(self.end, other.end))
         return bool(self.body) and self.page.content[span] != other.page.content[span]
+
+    def replaces(self, asked: Exchange) -> bool:
+        """Whether this brings a sample that was asked for, or asks for another."""
+        is_later = self.ended >= asked.began and self is not asked
+        is_other = self.method == "GET" and self.end != asked.end
+        is_other = is_other and (self.start < 1) == (asked.start < 1)
+        return is_later and (is_other or bool(self.body) and self.overlaps(asked))

@@ -74,6 +74,7 @@ class Plan(NamedTuple):
     dies: bool
     ages: bool  # receipts end, what is unfinished gets stale
     trouble: float  # how many requests have it
+    links: bool  # a file can have two names
     rate: float  # how often a call to the disk lets others go on
     steps: int
 
@@ -91,13 +92,14 @@ def draw_plan(rng: random.Random, changes: bool) -> Plan:
         identity=identity,
         cookies=cookies,
         moves=rng.choice(("never", "changes", "alternates")) if is_known else "never",
-        policy=rng.choice(("rename", "rename", "replace")),
+        policy=rng.choice(("rename", "rename", "rename", "replace", "refuse")),
         announces=rng.random() < 0.5,
         removes=rng.choice(("nothing", "nothing", "at once", "later", "edits")),
         deletes=rng.random() < 0.15,
         dies=rng.random() < 0.3,
         ages=rng.random() < 0.25,
         trouble=rng.choice((0, 0.1, 0.3)),
+        links=rng.random() < 0.8,
         rate=rng.choice((0, 0.1, 0.5)),
         steps=rng.randrange(40, 400),
     )
@@ -149,11 +151,12 @@ class World:
         self.finished: list[Finished] = []  # that ever were
         self.published: list[str] = []  # their paths
         self.published_inodes: set[int] = set()
-        self.named: dict[str, float] = {}  # when a key's file got its name, last
-        self.mixed = 0.0  # when a mix was published, last
+        self.owners: dict[str, Person] = {}  # of uploads, by key
+        self.named: dict[str, float] = {}  # when an upload's file got its name, last
+        self.dropped: dict[str, float] = {}  # when an upload was dropped, last
+        self.mixed = self.taken = 0.0  # when a mix was published, a file taken, last
         self.told: list[tuple[str, str, float]] = []  # id, path, time of on_complete
         self.acks: list[Ack] = []  # that must not be lost
-        self.cancelled: list[Exchange] = []  # to be judged at the end
         self.skipped: list[Page] = []  # that needed not send all of it
         self.exchanges: list[Exchange] = []
         self.arrivals: list[tuple[Exchange, Any]] = []  # answers, None for errors
@@ -171,7 +174,9 @@ class World:
 
     def hear_warning(self, sentence: str) -> None:
         # What died was named, and then edited by the application, in this moment.
-        if not (self.has_died and self.is_disturbed):
+        was_edited = self.has_died and self.is_disturbed
+        is_taken = self.plan.policy == "refuse" and "There is a file" in sentence
+        if not (was_edited or is_taken):
             raise Wrong(f"warns: {sentence}")
 
     # Steps
@@ -254,11 +259,12 @@ class World:
         process, plan = self.rng.choice(self.processes), self.plan
         act = self.rng.choice(("sweep", "sweep", "die", "doom", "remove"))
         if act == "sweep":
-            Task(self.turns, process, process.sweep)
+            self.sweep()
         elif act == "die" and plan.dies:
             process.die("at once")
         elif act == "doom" and plan.dies:
             process.calls_to_death = self.rng.randrange(1, 80)
+            process.dies_at = self.rng.choice(("", "", "publish", "rename", "unlink"))
         elif act == "remove" and self.files and plan.removes in ("later", "edits"):
             self.remove(self.rng.choice(sorted(self.files)))
 
@@ -269,40 +275,38 @@ class World:
             return
         self.note(f"the application takes {path}")
         file.until, self.is_disturbed = self.turns.now, True
+        self.taken = self.turns.now
         if self.plan.removes == "edits":
-            with open(self.folder / path, "ab") as edited:
-                edited.write(b"!")
+            place, content = self.rng.randint(0, self.plan.size), file.content + b"!"
+            with open(self.folder / path, "rb+") as edited:
+                edited.seek(place)
+                edited.write(bytes([content[place] ^ 1]))
             os.utime(self.folder / path, (self.turns.now, self.turns.now))
         else:
             os.unlink(self.folder / path)
             del self.files[path]
 
     def pass_time(self) -> None:
-        """Seconds, or hours, or a week in which nothing is under way."""
+        """Seconds, or hours, or a week."""
         is_up = self.plan.ages and all(process.app for process in self.processes)
-        is_quiet = is_up and not self.turns.tasks
-        jumps = [1, 5, 11, 61] + [4000] * 2 * is_up + [8 * DAY] * is_quiet
+        jumps = [1, 5, 11, 61] + [4000, 4000, 8 * DAY] * is_up
         self.jump(self.rng.choice(jumps))
 
     def jump(self, seconds: float) -> None:
         self.note(f"{seconds} s pass")
         self.turns.now += seconds
         if seconds > 7 * DAY:
-            for person in self.people:
-                self.drop(person, "stale")
             self.sweep()
 
     def sweep(self) -> None:
         process = self.rng.choice(self.processes)
-        task = Task(self.turns, process, process.sweep)
-        while task in self.turns.tasks:
-            self.turns.resume(task)
+        Task(self.turns, process, process.sweep)
 
     def settle(self) -> None:
         """All that is under way ends, without new trouble."""
         self.is_calm = True
         for process in self.processes:
-            process.calls_to_death = 0
+            process.calls_to_death, process.dies_at = 0, ""
         for person in self.people:
             for page in person.open_pages():
                 if page.is_paused:
@@ -327,17 +331,19 @@ class World:
 
     # What is known of uploads
 
-    def key_of(self, person: Person, sender: str) -> str:
-        owner = str(person.number) if self.plan.identity == "owner" else ""
-        names = (person.identifier, "a.bin", len(person.versions[0]))
-        return str(flowserver.upload_key(owner, sender, *names))
+    def exchange(self) -> Exchange | None:
+        """Return the request that is being handled."""
+        tasks = (e for e in self.exchanges if e.task is self.turns.current)
+        return next(tasks, None)
 
-    def sender_of(self, exchange: Exchange, response: Any) -> str:
-        """Return who sends: the first cookie says it, or the one that is set."""
-        if self.plan.identity != "browser":
-            return ""
-        cookie = exchange.cookie or dict(response.headers)["Set-Cookie"]
-        return cookie.partition("=")[0][len("flowserver-") :]
+    def meet(self, key: str) -> None:
+        """The request that is being handled is about this upload, of one person."""
+        exchange = self.exchange()
+        assert exchange is not None
+        exchange.key, person = key, exchange.person
+        person.keys.add(key)
+        if self.owners.setdefault(key, person) is not person:
+            raise Wrong("two people have one upload")
 
     def look(self, key: str) -> Any:
         """Return what the ledger says, read without the store's help."""
@@ -348,28 +354,13 @@ class World:
                     state = state.after(*json.loads(line[9:]))
         return state
 
-    def drop(self, person: Person, reason: str) -> None:
-        """What is not finished may be gone from now on."""
-        person.dropped = self.turns.now
-        keys = [self.key_of(person, sender) for sender in person.senders]
-        self.acks = [ack for ack in self.acks if ack.key not in keys]
-        for page in person.open_pages() if reason != "refused" else ():
-            page.excuse = reason
-
-    def may_have_dropped(self, exchange: Exchange) -> None:
-        """A process died, perhaps having dropped something and told nobody."""
-        if exchange.method == "DELETE":
-            self.drop(exchange.person, "cancelled")
-        elif self.plan.changes or self.is_disturbed:
-            self.drop(exchange.person, "refused")
-
     def has(self, content: bytes, since: float) -> bool:
         """Say whether a file was there after a time."""
         return any(f.content == content and f.until >= since for f in self.finished)
 
     # Judges of files
 
-    def see(self, source: str, target: str) -> None:
+    def see(self, process: Process, source: str, target: str) -> None:
         """A file got its name: it is what somebody sent, or a mix."""
         if ".flowserver" in target:
             return
@@ -387,42 +378,52 @@ class World:
         self.published.append(path)
         if not any(content in person.versions for person in self.people):
             self.judge_mix(key, content)
+        self.judge_wait(process, key)
         self.named[key] = self.turns.now
 
     def judge_mix(self, key: str, content: bytes) -> None:
-        """Nobody could know: nothing contradicts it, and all were waited for."""
+        """Nobody could know: nothing contradicts it."""
         people = [p for p in self.people if made_of(content, p.versions)]
         if not (self.plan.changes and people):
             raise Wrong("a wrong file is visible")
-        since, now = self.named.get(key, 0.0), self.turns.now
+        since = self.named.get(key, 0.0)
         for ack in self.acks:
             is_other = content[ack.start : ack.end] != ack.content[ack.start : ack.end]
             is_stored = ack.key == key and ack.began > since and ack.is_partial
             if is_stored and is_other:
                 raise Wrong(f"a mix: [{ack.start}, {ack.end}) was answered 200")
-        for end in self.exchanges:  # the one that names it, and those that wait
-            is_new = end.task is self.turns.current and now - end.arrived < WAIT
-            if not end.is_over and (is_new or end.task.is_waiting):
-                for exchange in self.exchanges:
-                    is_there = exchange.process is end.process
-                    if is_there and exchange.person is end.person in people:
-                        self.judge_wait(exchange, content)
         where = "one process" if self.plan.processes == 1 else "several"
         self.counts[f"a mix that nobody can know of ({where})"] += 1
-        self.mixed = now
+        self.mixed = self.turns.now
 
-    def judge_wait(self, exchange: Exchange, content: bytes) -> None:
-        """Somebody waited in this process, but not for what was to come from here."""
-        new, span = exchange.person.versions[-1], slice(exchange.start, exchange.end)
-        if exchange.page.content != new or content[span] == new[span]:
-            return
-        rivals = [other for other in self.exchanges if other.overlaps(exchange)]
-        if exchange.method == "POST" and exchange.position and not exchange.is_over:
-            if not any(other.differs(exchange) for other in rivals):
-                raise Wrong(f"a mix: nobody waited for {exchange}")
-        if exchange.was_sample and self.turns.now - exchange.ended < WAIT:
-            if not any(o.body and o.began >= exchange.ended for o in rivals):
-                raise Wrong(f"a mix: nobody waited for the sample {exchange}")
+    def coming(self, process: Process, key: str) -> list[Exchange]:
+        """Return what still brings bytes of an upload, which nobody may have ended."""
+        here = [e for e in self.exchanges if e.process is process and e.key == key]
+        begun = self.look(key).begun.time
+        coming = (e for e in here if e.is_coming and e.joined > begun)
+        return [e for e in coming if not self.is_contradicted(e)]
+
+    def judge_wait(self, process: Process, key: str) -> None:
+        """A file gets its name: what may still differ was waited for."""
+        end, awaited = self.exchange(), self.coming(process, key)
+        if end and not end.is_sweeping:
+            if len(end.body) == self.plan.size or self.turns.now - end.arrived > WAIT:
+                return
+            awaited = [e for e in awaited if e.joined < end.arrived]
+            awaited += [e for e in self.asked(process, key) if e.ended < end.arrived]
+        if awaited:
+            raise Wrong(f"nobody waits for {awaited}")
+
+    def is_contradicted(self, exchange: Exchange) -> bool:
+        """Others bring other bytes to its place: it may have been ended."""
+        rivals = (other for other in self.exchanges if other.overlaps(exchange))
+        return any(other.differs(exchange) for other in rivals)
+
+    def asked(self, process: Process, key: str) -> list[Exchange]:
+        """Return the tests that asked for a sample which has not come."""
+        here = [e for e in self.exchanges if e.process is process and e.key == key]
+        asked = (e for e in here if e.was_sample and self.turns.now - e.began < WAIT)
+        return [e for e in asked if not any(o.replaces(e) for o in here)]
 
     def judge_files(self) -> None:
         there = {path.name for path in self.folder.iterdir()} - {".flowserver"}
@@ -432,16 +433,25 @@ class World:
             content = (self.folder / path).read_bytes()
             if file.until == FOREVER and content != file.content:
                 raise Wrong(f"{path} has changed")
+        contents = {file.content for file in self.files.values()}
+        is_still = not (self.plan.changes or self.is_disturbed)
+        if is_still and len(contents) < len(self.files):
+            raise Wrong("there are two copies of one file")
 
     def judge_temp(self, kept: tuple[str, ...]) -> None:
         kept += (".part", ".call") if self.has_died else ()
         for path in self.state_dir.iterdir():
             is_kept = path.suffix in kept or path.name == "names.lock"
-            key = path.name.partition("-")[0]
+            key = path.name[:40]
+            state = self.look(key)
             if path.suffix == ".data":
-                state = self.look(key)
                 has_bytes = state.ranges.total or self.has_died
-                is_kept = is_kept and state.is_unfinished and has_bytes
+                is_mine = path.stem == f"{key}-{state.generation}"
+                is_kept = is_kept and is_mine and state.is_unfinished and has_bytes
+            elif path.suffix == ".ledger":
+                is_kept = is_kept and bool(state.generation or self.has_died)
+            if state.is_unfinished and state.is_complete:
+                raise Wrong(f"{path.name} is complete, and never finished")
             if not is_kept:
                 raise Wrong(f"{path.name} is left over")
 
@@ -461,73 +471,146 @@ class World:
     # Judges of answers
 
     def judge_answer(self, exchange: Exchange, response: Any) -> None:
-        person, status = exchange.person, exchange.status
+        status, key = exchange.status, exchange.key
         self.note(f"{exchange} ends with {status} {response.body.decode()[:200]}")
-        sender = self.sender_of(exchange, response)
-        key = self.key_of(person, sender)
-        person.senders.add(sender)
-        if exchange.method == "DELETE":
-            self.drop(person, "cancelled")
-        elif exchange.method == "GET":
-            ranges = self.look(key).ranges
-            is_sample = exchange.start == 0 or exchange.end == ranges.end
-            if status == 200 and is_sample and self.plan.identity != "secret":
-                raise Wrong(f"{exchange} need not be sent, and is a sample")
-            if status == 200 and self.plan.changes:
-                self.skipped.append(exchange.page)
-            is_here = not ranges.gaps(exchange.start, exchange.end)
-            exchange.was_sample = is_sample and is_here
-        elif status == 200:
-            exchange.page.senders.add(sender)
+        if status >= 400:
+            exchange.error = json.loads(response.body)["error"]
+            self.judge_error(exchange, key)
+        elif exchange.method == "POST":
+            exchange.page.keys.add(key)
             is_partial = json.loads(response.body)["status"] == "partial"
             place = (exchange.start, exchange.end, exchange.began, is_partial)
-            if person.dropped < exchange.began:
+            if self.dropped.get(key, 0) < exchange.began:
                 self.acks.append(Ack(key, exchange.page.content, *place))
-        else:
-            exchange.error = json.loads(response.body)["error"]
-            self.judge_error(exchange)
-            if exchange.error == CHANGED:
-                self.drop(person, "refused")
+            if is_partial:
+                self.judge_version(exchange, self.look(key))
+        elif self.is_quiet(key, exchange.began):
+            self.judge_test(exchange, self.look(key))
 
-    def judge_error(self, exchange: Exchange) -> None:
+    def is_quiet(self, key: str, since: float) -> bool:
+        """Say whether a ledger has not been written to since then."""
+        path = self.state_dir / f"{key}.ledger"
+        return path.exists() and path.stat().st_mtime < since
+
+    def judge_test(self, exchange: Exchange, state: Any) -> None:
+        """What was told, or cancelled, is so."""
+        if exchange.method == "DELETE":
+            if state.is_unfinished:
+                raise Wrong(f"{exchange} has not cancelled anything")
+            return
+        is_edge = exchange.start == 0 or exchange.end == state.ranges.end
+        is_edge = is_edge and self.plan.identity != "secret"
+        is_open = state.is_unfinished and not state.is_complete
+        is_here = is_open and not state.ranges.gaps(exchange.start, exchange.end)
+        exchange.was_sample = is_here and is_edge
+        if (exchange.status == 200) != (is_here and not is_edge):
+            raise Wrong(f"{exchange} is told so of {list(state.ranges)}")
+        if exchange.status == 200 and self.plan.changes:
+            self.skipped.append(exchange.page)
+
+    def judge_version(self, exchange: Exchange, state: Any) -> None:
+        """It went on in the upload that it was begun in, or in the one after that."""
+        versions = (state.generation, state.begun.supersedes)
+        is_old = state.begun.time < exchange.arrived  # nothing has come in between
+        if is_old and exchange.found.generation not in versions and state.is_unfinished:
+            raise Wrong(f"{exchange} goes on in another version")
+
+    def judge_receipt(self, path: str, before: Any) -> None:
+        """What is cut down says all that must be known."""
+        now = self.look(os.path.basename(path)[:40])
+        for name in ("begun", "finished", "claims", "is_announced", "came_again"):
+            if getattr(before, name) != getattr(now, name):
+                raise Wrong(f"a receipt is cut down, and loses {name}")
+
+    def judge_error(self, exchange: Exchange, key: str) -> None:
         """Errors come only where section 4 of the design has them."""
-        error, is_right = exchange.error, False
+        error, is_right, began = exchange.error, False, exchange.began
         is_changed = self.plan.changes or self.is_disturbed
-        has_ended = max(self.named.values(), default=0.0) >= exchange.began
-        rivals = [other for other in self.exchanges if other.overlaps(exchange)]
+        has_ended = max(self.named.values(), default=0.0) >= began
         if exchange.status == 408:
             is_right = exchange.rest != "goes on"
         elif error == CHANGED:
-            others = [o for o in rivals if o.differs(exchange)]
-            is_late = all(o.arrived > exchange.joined for o in others)
-            is_right = self.is_disturbed or not is_late
+            is_right = exchange.has_dropped
         elif error == UNDONE:
-            met = [o for o in rivals if o.ended >= exchange.began]
+            rivals = [other for other in self.exchanges if other.overlaps(exchange)]
+            met = [o for o in rivals if o.ended >= began]
             elsewhere = [o for o in met if o.process is not exchange.process]
             is_right = bool(elsewhere or is_changed and (met or has_ended))
+            is_right |= self.taken >= began
         elif error == CANCELLED:
-            is_right = True
-            if not (is_changed and has_ended or self.plan.ages or self.has_died):
-                self.cancelled.append(exchange)
+            begun, found = self.look(key).begun, exchange.found
+            may_follow = found and found.finished and found.begun != begun
+            may_follow = may_follow and begun.supersedes == found.generation
+            is_right = begun.time >= began and not may_follow
+            is_right |= self.dropped.get(key, 0) >= began
         elif "is gone" in error:  # a private file is swept after an hour of silence;
             was_edited = self.has_died and self.is_disturbed  # named, died, edited
-            is_right = was_edited or exchange.ended - exchange.began > HOUR
+            is_late = exchange.ended - began > HOUR
+            is_right = was_edited or is_late or self.taken >= began
+        elif "There is a file" in error:
+            is_right = self.plan.policy == "refuse" and bool(self.published)
         elif "handed on" in error:
             is_right = is_changed and self.plan.announces
         if not is_right:
             raise Wrong(f"{exchange} is refused without a reason: {error}")
 
-    def judge_cancelled(self, exchange: Exchange) -> None:
-        """Somebody else of this person was refused then, or cancelled it."""
-        for other in self.exchanges:
-            is_then = other.began <= exchange.ended and other.ended >= exchange.began
-            if other.person is exchange.person and is_then:
-                if other.error == CHANGED or other.method == "DELETE":
-                    return
-                if other.status == 408:  # and of nobody anything was stored
-                    self.counts["told of a cancel: another attempt broke off"] += 1
-                    return
-        raise Wrong(f"{exchange} was cancelled by nobody")
+    def judge_drop(self, process: Process, path: str) -> None:
+        """A ledger is about to go: only for a reason that section 4 has."""
+        key, state = os.path.basename(path)[:40], self.look(os.path.basename(path)[:40])
+        if not state.generation:  # it was made for nothing
+            return
+        reason = self.reason_to_drop(process, key, state)
+        self.note(f"{key[:4]} is dropped, being {reason}")
+        self.dropped[key] = self.turns.now
+        exchange, person = self.exchange(), self.owners.get(key)
+        if exchange:
+            exchange.has_dropped = True
+        if state.is_unfinished:
+            self.acks = [ack for ack in self.acks if ack.key != key]
+        if person and reason == "refused":
+            person.refused = self.turns.now
+        elif person and state.is_unfinished and reason != "empty":
+            for page in person.open_pages():
+                page.excuse = reason
+
+    def reason_to_drop(self, process: Process, key: str, state: Any) -> str:
+        exchange, is_refusing = self.exchange(), self.plan.policy == "refuse"
+        if is_refusing and state.is_unfinished and state.is_complete and self.published:
+            return "refused"
+        if exchange is None or exchange.is_sweeping:
+            return self.reason_to_sweep(process, key, state)
+        if exchange.method == "DELETE" and state.is_unfinished:
+            return "cancelled"
+        is_part = exchange.method == "POST" and len(exchange.body) < self.plan.size
+        if state.finished and state.came_again and is_part:
+            return "refused"
+        if state.is_unfinished and exchange.method == "POST":
+            if not state.ranges.total:
+                return "empty"
+            if self.is_refuted(exchange, state.begun.time):
+                return "refused"
+        raise Wrong(f"{exchange} drops an upload without a reason")
+
+    def is_refuted(self, exchange: Exchange, begun: float) -> bool:
+        """Other bytes of its place had come before it, or before it left for this."""
+        joined = exchange.joined if begun < exchange.joined else self.turns.now
+        rivals = (other for other in self.exchanges if other.overlaps(exchange))
+        return any(o.arrived <= joined and o.differs(exchange) for o in rivals)
+
+    def reason_to_sweep(self, process: Process, key: str, state: Any) -> str:
+        ours = [e for e in self.exchanges if e.process is process and e.key == key]
+        files = [self.state_dir / f"{key}.ledger"]
+        files += self.state_dir.glob(f"{key}-{state.generation}.data")
+        age = self.turns.now - max(file.stat().st_mtime for file in files)
+        is_told = state.is_announced or not self.plan.announces
+        is_old = is_told and age > HOUR if state.finished else age > 7 * DAY
+        came = [e for e in ours if e.status == 200 and e.method == "POST"]
+        was_here = state.finished and any(self.turns.now - e.began < HOUR for e in came)
+        if not state.upload.size and state.is_unfinished and len(files) == 1:
+            return "empty"  # it died before it had made the data file
+        if not is_old or was_here or self.coming(process, key):
+            raise Wrong(f"{process} sweeps {key}, which is wanted")
+        return "stale"
 
     def count_error(self, exchange: Exchange, status: int) -> None:
         """A page shows an error: how often, where one version is all there is?"""
@@ -538,15 +621,17 @@ class World:
         """Who saw each chunk answered ok, and no error, has got the file."""
         if not page.is_complete or self.has(page.content, page.began):
             return
-        if len(page.senders) > 1:
+        if len(page.keys) > 1:
             tests = "with tests" if page.person.tests else "without tests"
             page.excuse = f"its first requests came from two addresses, {tests}"
         elif self.plan.changes and self.mixed > page.began:
             page.excuse = "a mix"
         elif self.plan.changes and max(self.named.values(), default=0) > page.began:
             page.excuse = "the version before ended meanwhile"
-        elif self.plan.changes and page.person.dropped > page.began:
+        elif self.plan.changes and page.person.refused > page.began:
             page.excuse = "another request was told of the change"
+        elif self.plan.policy == "refuse" and page.person.refused > page.began:
+            page.excuse = "another request was told that there is a file already"
         elif page in self.skipped:
             page.excuse = "what was here was of the version before"
         if not page.excuse:
@@ -571,6 +656,7 @@ class World:
             self.step()
         self.settle()
         self.sweep()
+        self.settle()
         for person in self.people:
             for page in person.pages:
                 self.judge_page(page)
@@ -581,8 +667,6 @@ class World:
                 self.judge_told()
             for person in self.people:
                 self.send_again(person)
-        for exchange in self.cancelled:
-            self.judge_cancelled(exchange)
         self.judge_files()
         self.judge_temp((".ledger", ".data"))
         self.end()
@@ -591,27 +675,27 @@ class World:
         """Who sends the file once more gets it, and is refused once at most."""
         self.note("once more, without trouble")
         # In another process the end does not wait for what differs: once more, then.
-        for _ in range(1 + len(person.senders) + self.plan.changes):
+        for _ in range(1 + len(person.keys) + self.plan.changes):
             page = person.open()
             self.settle()
             if not page.has_failed:
                 break
         if not page.is_complete:
+            if self.plan.policy == "refuse" and self.files:
+                return
             raise Wrong(f"{page} is refused again")
         self.judge_page(page)
 
     def end(self) -> None:
-        """A week later nothing is left, and nothing is open."""
-        for _ in range(2):
-            self.jump(8 * DAY)
-        self.has_died = False
-        self.judge_temp(())
-        for process in self.processes:
-            process.app = None
-        if any(process.disk.opened for process in self.processes):
-            gc.collect()
+        """Nothing is open, and a week later nothing is left."""
+        gc.collect()  # TODO: without this
         if any(process.disk.opened for process in self.processes):
             raise Wrong("a descriptor stays open")
+        for _ in range(2):
+            self.jump(8 * DAY)
+            self.settle()
+        self.has_died = False
+        self.judge_temp(())
 
     def close(self) -> None:
         """End all threads."""
@@ -644,6 +728,7 @@ def arranged(turns: Turns, rng: random.Random) -> Iterator[None]:
     def token_hex(size: int) -> str:
         return rng.randbytes(size).hex()
 
+    locks = rng.choice((1, 1000))  # how many ledgers have one lock in a process
     names = {"token_hex": token_hex, "token_bytes": rng.randbytes}
     threads = {
         "Lock": lambda: model.Lock(turns),
@@ -651,6 +736,8 @@ def arranged(turns: Turns, rng: random.Random) -> Iterator[None]:
     }
     with mock.patch.multiple(
         flowserver,
+        create=True,
+        hash=lambda key: int(key, 16) % locks,
         threading=types.SimpleNamespace(**threads),
         time=types.SimpleNamespace(time=now, monotonic=now),
         secrets=types.SimpleNamespace(**names),
