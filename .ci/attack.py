@@ -396,11 +396,11 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-class HalvingServer(flowserver.FlowServer):
-    """Takes bodies in halves, as it takes large ones in many blocks."""
+class PiecewiseServer(flowserver.FlowServer):
+    """Takes bodies of 1000 bytes in pieces, as it takes large ones."""
 
-    def take_buffer(self, size: int) -> bytearray:
-        return bytearray(max(1, size // 2))
+    def take_buffer(self) -> bytearray:
+        return bytearray(450)
 
 
 def _serve(
@@ -428,7 +428,8 @@ def _serve(
         announce if done_log else None,
     )
     app = flowserver.UploadApp(chosen, store=store)
-    with HalvingServer(app) as server:
+    flowserver._FIRST_SIZE = 300
+    with PiecewiseServer(app) as server:
         os.write(port, b"%d\n" % server.server_address[1])
         os.close(port)
         while True:

@@ -354,7 +354,7 @@ class HeadFuzzTest(unittest.TestCase):
             head = head[: head.index(b"\r\n\r\n") + 4]  # what the wire would give
             try:
                 parsed = flowserver.parse_head(head)
-            except flowserver._BadHead as error:
+            except flowserver.Malformed as error:
                 self.assertIn(error.status, (400, 411, 414, 431, 501, 505))
                 results["refused"] += 1
                 continue
