@@ -1418,15 +1418,16 @@ class _State:
         """A body is about to write there; an empty range ends that.
 
         It takes the place of bodies of other processes: the last attempt is the one
-        that its client still waits for.
+        that its client still waits for.  They keep an empty claim: they are there.
         """
         process = body.partition("-")[0]
-        for other, (low, high) in list(self.claims.items()):
-            is_elsewhere = not other.startswith(process)
-            if other == body or (is_elsewhere and low < end and start < high):
-                del self.claims[other]
+        for other, (low, high) in self.claims.items():
+            if not other.startswith(process) and low < end and start < high:
+                self.claims[other] = (0, 0)
         if start < end:
             self.claims[body] = (start, end)
+        else:
+            self.claims.pop(body, None)
 
     def receipt(self) -> list[tuple[Any, ...]]:
         """Return the lines that say what must be known of a finished upload."""
@@ -2693,7 +2694,7 @@ class Body:
         """Raise Conflict when the upload is over, Trouble when the claim is."""
         if ledger is None or ledger.state.generation != self._generation:
             raise Conflict(_CANCELLED)
-        if self._missing and self.name not in ledger.state.claims:
+        if self._missing and not any(ledger.state.claims.get(self.name, ())):
             raise Trouble(_UNDONE)
         return ledger
 

@@ -2190,9 +2190,10 @@ class UploadRulesTest(unittest.TestCase):
     def test_last_claim_of_a_range_ends_those_of_other_processes(self) -> None:
         state = state_of(("claim", "p-1", 0, 300), ("claim", "p-2", 300, 600))
         state.after("claim", "q-1", 250, 300)
-        self.assertEqual(set(state.claims), {"p-2", "q-1"})
+        self.assertEqual((state.claims["p-1"], len(state.claims)), ((0, 0), 3))
         state.after("claim", "q-2", 250, 300)  # these know of each other
-        self.assertEqual(set(state.claims), {"p-2", "q-1", "q-2"})
+        self.assertEqual(state.claims["q-1"], state.claims["q-2"])
+        state.after("claim", "p-1", 0, 0)
         state.after("claim", "q-2", 0, 0)
         self.assertEqual(set(state.claims), {"p-2", "q-1"})
 
@@ -2760,6 +2761,16 @@ class StoreTest(StoreCase):
                 self.assertEqual(second.commit().received, 600)
         self.assertIsNotNone(put(self.store, self.data, 600, 900).done)
         self.assertEqual(self.files(), {"a.bin": self.data})
+
+    def test_later_body_that_breaks_off_does_not_drop_what_the_earlier_began(
+        self,
+    ) -> None:
+        with self.store.receive(upload_of(self.data), 0, 600) as first:
+            with self.open().receive(upload_of(self.data), 0, 600):
+                pass
+            with self.assertRaises(flowserver.Trouble):  # no Conflict: sent again
+                first.write(self.data[:600])
+        self.assertEqual(os.listdir(self.store.state_dir), [])
 
     def test_body_that_was_overtaken_unseen_is_not_recorded(self) -> None:
         """All of it was sent, overwritten and recorded by others, before it looks."""
