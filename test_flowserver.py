@@ -2770,7 +2770,7 @@ class StoreTest(StoreCase):
                 pass
             with self.assertRaises(flowserver.Trouble):  # no Conflict: sent again
                 first.write(self.data[:600])
-        self.assertEqual(os.listdir(self.store.state_dir), [])
+        self.assertEqual(leftovers(self.store), {})
 
     def test_body_that_was_overtaken_unseen_is_not_recorded(self) -> None:
         """All of it was sent, overwritten and recorded by others, before it looks."""
