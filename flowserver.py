@@ -4661,7 +4661,10 @@ class Chunks:
             progress = body.commit(content.other_fields())
         self._intake.concluded(request, progress, time.monotonic() - began)
         if progress.done:
-            return _success("complete", **_file_values(progress.done))
+            values = _file_values(progress.done)
+            if chunk.is_in_order:  # blueimp lists them
+                values["files"] = [{"name": progress.done.filename, **values}]
+            return _success("complete", **values)
         return _success("partial", received=progress.received, size=progress.size)
 
     # Whole files

@@ -3915,6 +3915,16 @@ class ClientsTest(unittest.TestCase):
             self.assertEqual(send(app, "DELETE", "/upload", plain, kind).status, 403)
             self.assertEqual(send(app, "DELETE", "/upload/6e1f").status, 403)  # Fine
 
+    def test_blueimp_can_list_the_file_after_its_last_chunk(self) -> None:
+        head = {"Content-Disposition": 'attachment; filename="a"'}
+        with application() as app:
+            for start in (0, 3):
+                head["Content-Range"] = f"bytes {start}-{start + 2}/6"
+                body = noise(6)[start : start + 3]
+                answer = send(app, "POST", "/upload", body, head)
+            listed = [{"name": "a", "filename": "a", "path": "a", "size": 6}]
+            self.assertEqual(answer.json["files"], listed)
+
     def test_tus_client_does_not_try_again_when_the_name_is_taken(self) -> None:
         name = base64.b64encode(b"a").decode()
         head = {"Tus-Resumable": "1.0.0", "Upload-Metadata": f"filename {name}"}
