@@ -4803,7 +4803,10 @@ class Chunks:
             values = {"received": progress.received, "size": progress.size}
             return _success("partial", **values)
         note = self._intake.note(progress, time.monotonic() - began)
-        return _success("complete", **_file_values(progress.done))._replace(note=note)
+        values = _file_values(progress.done)
+        if chunk.is_in_order:  # blueimp lists them
+            values["files"] = [{"name": progress.done.filename, **values}]
+        return _success("complete", **values)._replace(note=note)
 
     # Whole files
 

@@ -4046,6 +4046,16 @@ class WholeFileTest(unittest.TestCase):
             answer = send(app, "POST", "/upload", b"x", {"Content-Type": "image/png"})
             self.assertIn("has no name", answer.json["error"])
 
+    def test_blueimp_can_list_the_file_after_its_last_chunk(self) -> None:
+        head = {"Content-Disposition": 'attachment; filename="a"'}
+        with application() as app:
+            for start in (0, 3):
+                head["Content-Range"] = f"bytes {start}-{start + 2}/6"
+                body = noise(6)[start : start + 3]
+                answer = send(app, "POST", "/upload", body, head)
+            listed = [{"name": "a", "filename": "a", "path": "a", "size": 6}]
+            self.assertEqual(answer.json["files"], listed)
+
     def test_body_that_is_cut_keeps_nothing_of_that_file(self) -> None:
         files = {"a": noise(25, 1), "b": noise(25, 2), "c": b""}
         message = form({"x": "1"}, *(("f", n, data) for n, data in files.items()))

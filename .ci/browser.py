@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -84,7 +85,6 @@ class Driver:
         program = installed(DRIVERS, "chromedriver")
         self.folder = tempfile.mkdtemp(prefix="flowserver-browser-")
         said = ""
-        # It chooses a port that is free for IPv6, and ends if IPv4's is taken.
         for _ in range(STARTS):
             self.process = self._started(program)
             self.port, said = self._announced_port()
@@ -97,8 +97,12 @@ class Driver:
     def _started(self, program: str) -> subprocess.Popen[str]:
         # In the locale C the browser cannot open a file whose name is not ASCII.
         own = {"TMPDIR": self.folder, "HOME": self.folder, "LC_ALL": "C.UTF-8"}
+        # Left alone it takes one that is free for IPv6, and ends if IPv4's is taken.
+        with socket.socket() as place:
+            place.bind(("127.0.0.1", 0))
+            port = place.getsockname()[1]
         return subprocess.Popen(
-            [program, "--port=0"],
+            [program, f"--port={port}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

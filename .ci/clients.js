@@ -136,8 +136,17 @@ var LIBRARIES = {
   },
 
   blueimp: function (url, options) {
+    function rows(listed) {
+      return $($.map(listed.files, function (file) {
+        return $('<p class="template-upload"><b class="error"></b></p>')
+          .append(document.createTextNode(file.error || file.name)).get(0);
+      }));
+    }
     var own = $('#drop').fileupload(Object.assign({
       url: url, dataType: 'json', fileInput: null, dropZone: null, pasteZone: null,
+      // What the UI build needs besides.
+      autoUpload: true, filesContainer: $('#drop'), uploadTemplateId: null,
+      downloadTemplateId: null, uploadTemplate: rows, downloadTemplate: rows,
     }, options));
     var running = [];
     own.on('fileuploadadd', function (event, data) { running.push(data); });

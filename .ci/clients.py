@@ -51,6 +51,15 @@ SCRIPTS = {
         "blueimp-file-upload/js/jquery.iframe-transport.js",
         "blueimp-file-upload/js/jquery.fileupload.js",
     ),
+    "blueimpui": (
+        "jquery/dist/jquery.js",
+        "blueimp-file-upload/js/vendor/jquery.ui.widget.js",
+        "blueimp-file-upload/js/jquery.iframe-transport.js",
+        "blueimp-file-upload/js/jquery.fileupload.js",
+        "blueimp-file-upload/js/jquery.fileupload-process.js",
+        "blueimp-file-upload/js/jquery.fileupload-validate.js",
+        "blueimp-file-upload/js/jquery.fileupload-ui.js",
+    ),
     "uploady": ("bundle.js",),
     "uppy": ("bundle.js",),
     "filepond": ("filepond/dist/filepond.js",),
@@ -319,7 +328,7 @@ class ClientCase(unittest.TestCase):
     ) -> None:
         """Open the page of a library and begin it."""
         self.browser.open(f"{url}sample/{library}.html")
-        adapter = re.sub(r"\d", "", library)
+        adapter = re.sub(r"\d|ui$", "", library)
         self.browser.run(
             "begin(arguments[0], arguments[1], arguments[2])",
             adapter,

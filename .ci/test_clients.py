@@ -134,6 +134,22 @@ class WholeTest(ClientCase):
                 self.assertIn('"path"', one["answer"])
 
 
+class ListTest(ClientCase):
+    """blueimp's build with a list shows what the server says of each file."""
+
+    def test_the_files_are_listed(self) -> None:
+        with self.served() as server:
+            for number, options in enumerate(({}, {"maxChunkSize": CHUNK})):
+                files = {f"{number} {name}": FILES[name] for name in FILES}
+                with self.subTest(**options), self.emptied(server):
+                    self.open(server.url, "blueimpui", options)
+                    self.choose(*self.write(files))
+                    self.wait_for_ends(len(files))
+                    self.assert_stored(server, files)
+                    listed = self.browser.find("#drop").text().splitlines()
+                    self.assertEqual(sorted(filter(None, listed)), sorted(files))
+
+
 class RefusalTest(ClientCase):
     """What is refused is sent once, and the user is told why."""
 

@@ -256,21 +256,25 @@ class MiddleTest(ClientCase):
                     self.assert_stored(server, files)
 
     def test_an_upload_goes_on_after_a_reload(self) -> None:
-        options = {"resumes": True, "chunkSize": CHUNK, **PATIENT}
-        mode = Mode("tus", "resumes", options, CHUNKED)
-        files = {"resumed.bin": FILES[BIG]}
-        [path] = self.write(files)
+        modes = [
+            Mode("tus", "resumes", {**TUS_MODES[1].options, "resumes": True}, CHUNKED),
+            TUS_MODES[6],
+        ]
         with self.served() as server:
-            with self.under_way(server, mode, path):
-                self.browser.reload()
-            self.open(server.url, mode.library, mode.options)
-            self.choose(path)
-            self.wait_for_ends(1)
-            self.assertEqual(self.told("failed"), [])
-            methods = [one["method"] for one in self.told("requests")]
-            self.assertEqual(methods[0], "HEAD")
-            self.assertLessEqual(methods.count("PATCH"), 13 - 3)
-            self.assert_stored(server, files)
+            for number, mode in enumerate(modes):
+                files = {f"resumed {number}.bin": FILES[BIG]}
+                [path] = self.write(files)
+                with self.subTest(str(mode)), self.emptied(server):
+                    with self.under_way(server, mode, path):
+                        self.browser.reload()
+                    self.open(server.url, mode.library, mode.options)
+                    self.choose(path)
+                    self.wait_for_ends(1)
+                    self.assertEqual(self.told("failed"), [])
+                    methods = [one["method"] for one in self.told("requests")]
+                    self.assertEqual(methods[0], "HEAD")
+                    self.assertLessEqual(methods.count("PATCH"), 13 - 3)
+                    self.assert_stored(server, files)
 
     def test_what_is_unfinished_can_be_removed_and_nothing_else(self) -> None:
         remove = "return client.cancel().then(() => 'removed', error => error.message)"
