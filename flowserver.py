@@ -1513,9 +1513,9 @@ _LINES: Mapping[str, Callable[..., None]] = {
     # It has its name, and is never written again.
     "finished": lambda state, *place: setattr(state, "finished", _Place(*place)),
     # on_complete has returned.
-    "announced": lambda state: setattr(state, "is_announced", True),
+    "announced": lambda state, *random: setattr(state, "is_announced", True),
     # Something came once more after the end, and was equal.
-    "again": lambda state: setattr(state, "came_again", True),
+    "again": lambda state, *random: setattr(state, "came_again", True),
 }
 
 _CHANGED = "This file has changed since it was sent last; please send it once more."
@@ -1531,7 +1531,8 @@ _NO_BEGINNING = "The beginning of this file is not here; please send all of it a
 # can stop at each one; and what it may report, in sentences.  Nothing here knows what
 # an upload is.
 
-BLOCK_SIZE = 1024 * 1024  # bytes that are read, compared or copied at one time
+BLOCK_SIZE = 1024 * 1024  # bytes of a body that are taken at one time
+COMPARED_SIZE = 64 * 1024  # bytes that are read beside them, to compare or to copy
 
 
 class Disk:
@@ -1757,7 +1758,7 @@ def discard(disk: Disk, path: str) -> None:
 # The state folder holds <key>.ledger, an append-only text; <key>-<generation>.data, the
 # bytes of an unfinished upload, each at its place; and private files, <random>.part.
 
-_RECENT_LEDGERS = 256  # are remembered between the chunks of their uploads
+_RECENT_LEDGERS = 1024  # are remembered between the chunks of their uploads
 _PAGE_SIZE = 4096  # a ledger takes no less on most disks; few read more of it at a time
 
 
@@ -1793,7 +1794,8 @@ class _Ledger:
         self.path = path
         self.state = _State()
         self.fd = -1  # of whoever has the lock
-        self.is_named = False  # the names in the folder are on the disk
+        self.names = 1  # how often some may have been made
+        self._named = 0  # how many of those are on the disk
         self._size = 0  # bytes of whole lines read
         self._last = b""  # the last line
         self._check = 0  # its checksum
@@ -1829,7 +1831,7 @@ class _Ledger:
 
     def _go_on(self, line: bytes, check: int, values: Sequence[Any]) -> None:
         state = self.state.after(*values)
-        self.is_named = self.is_named and state is self.state
+        self.names += state is not self.state
         self.state, self._last, self._check = state, line, check
         self._size += len(line)
 
@@ -1858,9 +1860,16 @@ class _Ledger:
                     self.disk.write(fd, self.disk.read(fd, reached, 0), 0)
                     raise
                 self._flushed = reached
-            if not self.is_named:
-                self.disk.flush_names(os.path.dirname(self.path))
-                self.is_named = True
+        self.flush_names()
+
+    def flush_names(self) -> None:
+        """Return when the names of ledger and data are on the disk."""
+        if self._named < self.names:
+            with self._flushing:
+                wanted = self.names
+                if self._named < wanted:
+                    self.disk.flush_names(os.path.dirname(self.path))
+                    self._named = wanted
 
     def empty(self) -> None:
         """Drop the upload: whoever waits for the lock will see that it is over."""
@@ -2053,9 +2062,9 @@ class _Publisher:
         except (FileNotFoundError, PermissionError):  # gone by now, or not ours
             return False
         try:
-            for start in range(0, mine.st_size, BLOCK_SIZE):
-                block = self.disk.read(file.fd, BLOCK_SIZE, start)
-                if block != self.disk.read(other, BLOCK_SIZE, start):
+            for start in range(0, mine.st_size, COMPARED_SIZE):
+                block = self.disk.read(file.fd, COMPARED_SIZE, start)
+                if block != self.disk.read(other, COMPARED_SIZE, start):
                     return False
             self.disk.flush(other)  # nobody else may have done so
             return True
@@ -2237,13 +2246,18 @@ class _Uploads:
         self.clock = clock
         self.max_uploads = max_uploads
         self.room = _Room(self.disk, folder, min_free_space)
-        self.process = secrets.token_hex(4)
+        self._random = secrets.token_hex(4)
         self.entered = _Ledgers(self.disk, folder, self._mend).entered
         self.expected = _Expected()
         self.count = 0  # of unfinished uploads, in all processes, as far as is known
         self.failures = 0  # of flushes: what was written until then may be lost
         self._announced: set[str] = set()  # generations of which no line could say so
         self._mutex = threading.Lock()
+
+    @property
+    def process(self) -> str:
+        """A name of this process, also when it was forked with the store."""
+        return f"{self._random}{os.getpid():08x}"
 
     def _mend(self, ledger: _Ledger) -> None:
         """Finish what a crash left with a name."""
@@ -2287,7 +2301,7 @@ class _Uploads:
 
         Raises Trouble while the receipt must stay: on_complete has not returned.
         """
-        if self.announce and not ledger.state.is_announced:
+        if not self.is_told(ledger.state):
             raise Trouble("The finished file is still being handed on; try again.")
         try:
             ledger.state.require_new(is_whole)
@@ -2425,24 +2439,29 @@ class _Uploads:
         with self.entered(key) as ledger:
             if ledger is None or ledger.state.generation != generation:
                 return False
-            if ledger.state.is_announced or generation in self._announced:
+            if self.is_told(ledger.state):
                 return False
         self.announce(self.done(state))
         try:
             with self.entered(key) as ledger:
                 if ledger and ledger.state.generation == generation:
-                    ledger.append(("announced",))
+                    ledger.append(("announced", secrets.token_hex(2)))
                     ledger.cut_down()
         except OSError:  # then once while this process lives will do
             self._announced.add(generation)
         return True
+
+    def is_told(self, state: _State) -> bool:
+        """Whether on_complete has returned, as far as this process knows."""
+        is_known = state.generation in self._announced  # no line could say so
+        return not self.announce or state.is_announced or is_known
 
     def note_again(self, ledger: _Ledger) -> None:
         """Write down, once, that something came again; the receipt is kept longer."""
         if ledger.state.came_again:
             self.disk.touch(ledger.path)
         else:
-            ledger.append(("again",))
+            ledger.append(("again", secrets.token_hex(2)))
 
 
 # ---- bodies --------------------------------------------------------------------------
@@ -2599,9 +2618,9 @@ class Body:
             self._end_others(ledger, None, 0)
         is_new = not ledger.state.ranges.total  # it has no bytes that could be lost
         self._take_room(self.upload.size if is_new else 0)
-        ledger.is_named = ledger.is_named and not is_new
         flags = os.O_RDWR | (os.O_CREAT if is_new else 0)
         self._data = _File(self._disk, ledger.data_path, flags)
+        ledger.names += is_new
         with self._opened():  # made, before somebody waits for its bytes
             if self._missing:
                 ledger.append(("claim", self.name, self.start, self.end))
@@ -2648,7 +2667,11 @@ class Body:
 
     def _is_stored(self, block: memoryview, start: int) -> bool:
         with self._opened() as fd:
-            return self._disk.read(fd, len(block), start) == block
+            for low in range(0, len(block), COMPARED_SIZE):
+                piece = block[low : low + COMPARED_SIZE]
+                if self._disk.read(fd, len(piece), start + low) != piece:
+                    return False
+        return True
 
     def _write_in_place(self, block: memoryview) -> None:
         """Write what is missing, compare the rest, which nobody changes any more."""
@@ -2734,8 +2757,8 @@ class Body:
                 raise Trouble(_UNDONE)
             self._join(ledger)
         end, self.position = self.position, self.start
-        for low in range(self.start, end, BLOCK_SIZE):
-            size = min(BLOCK_SIZE, end - low)
+        for low in range(self.start, end, COMPARED_SIZE):
+            size = min(COMPARED_SIZE, end - low)
             self._write_in_place(memoryview(self._disk.read(file.opened(), size, low)))
         _require_intact(published, file)
 
@@ -2797,6 +2820,7 @@ class Body:
             if is_end and self._missing:
                 lines.append(("claim", self.name, 0, 0))
             if lines:
+                ledger.flush_names()
                 ledger.append(*lines)
             if is_end and ledger.state.finished:
                 self._uploads.note_again(ledger)
@@ -3034,7 +3058,7 @@ class Store:
         with uploads.entered(key) as ledger:
             if ledger and ledger.state.generation:
                 is_free, state = not uploads.expected.bodies(key), ledger.state
-                is_told = state.is_announced or not uploads.announce
+                is_told = uploads.is_told(state)
                 age, is_lost = self._look_at_files(ledger)
                 if state.finished:
                     is_over = is_free and is_told and age > keep_receipts
