@@ -3917,16 +3917,17 @@ _MIN_DRAIN_RATE = 16 * 1024  # bytes/s of a body that is refused
 _LINGER_SECONDS = 2.0
 
 
-def drain(receive: Callable[[int], int], size: int) -> None:
+def drain(receive: Callable[[int], int], size: int, limit: int) -> None:
     """Read on what is refused, so that the client comes to read the answer.
 
-    A client that writes all before it reads would else see a reset connection.
+    A client that writes all before it reads would else see a reset connection.  Of
+    `size` bytes up to `limit` are read, and whatever comes in the first two seconds.
     `receive(n)` reads up to n bytes and returns how many, 0 at the end.
     """
     began, drained = time.monotonic(), 0
     while drained < size:
-        seconds = time.monotonic() - began
-        if drained < (seconds - _LINGER_SECONDS) * _MIN_DRAIN_RATE:
+        seconds = time.monotonic() - began - _LINGER_SECONDS
+        if seconds > 0 and not seconds * _MIN_DRAIN_RATE <= drained < limit:
             return
         received = receive(min(size - drained, 1 << 16))
         if not received:
@@ -5358,8 +5359,7 @@ class UploadApp:
                 response = self._handle(request)
                 if read.ends:
                     with contextlib.suppress(OSError):  # nobody is there to see it
-                        size = min(read.left, self.drain_size)
-                        drain(lambda most: len(read(most)), size)
+                        drain(lambda n: len(read(n)), read.left, self.drain_size)
         else:
             response = self._handle(request)
         if self._clock() - self._counted > 2 * _FIGURE_SECONDS:  # nobody else does it
@@ -5900,7 +5900,7 @@ class _Wire:
             return self.connection.recv_into(buffer, size)
 
         with contextlib.suppress(OSError):
-            drain(receive, min(self.remaining, limit) - len(self.pending))
+            drain(receive, self.remaining - len(self.pending), limit)
             self._linger(buffer)
 
     def _linger(self, buffer: bytearray) -> None:
@@ -6064,7 +6064,7 @@ class FlowHandlerMixin:
         lengths = self.headers.get_all("content-length", ["0"])
         is_clear = len(lengths) == 1 and "transfer-encoding" not in headers
         length = parse_length(lengths[0]) if is_clear else -1
-        body = CountingReader(self.rfile.read, length)
+        body = CountingReader(self.rfile.read, length, self.connection)
         path, _, query = self.path.partition("?")
         request = Request(
             method=self.command,

@@ -116,7 +116,7 @@ class VendoredCase(unittest.TestCase):
 class ReadmeTest(unittest.TestCase):
     """The README's code is short, and none of it is untested."""
 
-    def test_no_snippet_is_longer_than_ten_lines(self) -> None:
+    def test_no_snippet_is_long(self) -> None:
         for name, code in snippets().items():
             with self.subTest(name):
                 self.assertIn(len(lines_of_code(code)), range(1, MOST_LINES + 1))
@@ -185,15 +185,15 @@ class InProcessTest(VendoredCase):
         printed = io.StringIO()
         chunk = Chunk("x.bin", b"x")
         with contextlib.redirect_stdout(printed):
-            for user, project_name in (("ann", "one"), ("bob", "../../two")):
-                request = self.post(chunk, **{"x-user": user})
+            for project_name in ("one", "../../two"):
+                request = self.post(chunk, cookie="a=b; session=3q2-7wQ")
                 query = f"{chunk.query}&project={project_name}"
                 uploads.handle(request._replace(query=query))
-        self.assert_stored({"ann/one/x.bin": b"x"})  # bob's path led outside
+        self.assert_stored({"ann/one/x.bin": b"x"})  # the other path led outside
         place = self.project.upload_dir / "ann/one/x.bin"
         self.assertRegex(
             printed.getvalue(),
-            rf"^\S+ ann {re.escape(str(place))} 1 {{'project': 'one'}}\n$",
+            rf"^\S+ ann {re.escape(str(place))} {{'project': 'one'}}\n$",
         )
 
     def test_store(self) -> None:
@@ -470,7 +470,10 @@ class ServersTest(VendoredCase):
         self.check_refusal(client)
 
     def test_wsgiref(self) -> None:
-        self.check_all(self.project.client(self.serve("wsgiref", "app.py")))
+        client = self.project.client(self.serve("wsgiref", "app.py"))
+        self.check_uploads(client)
+        self.check_cancelling(client)
+        # What is refused is not read on, since that could take for ever there.
 
     def test_a_chunk_over_the_limit_is_refused_in_words(self) -> None:
         # The page's chunkSize is larger than the server's: the commonest mistake.

@@ -25,6 +25,7 @@ from flowserver import (
     Response,
     Settings,
     SettingsError,
+    Status,
     Store,
     TooLarge,
     Trouble,
@@ -32,6 +33,7 @@ from flowserver import (
     Unauthorized,
     Upload,
     UploadApp,
+    Whole,
     boundary_of,
     create_app,
     find_config,
@@ -90,6 +92,16 @@ def keep(content: bytes) -> str:
         return f"{error} ({error.status})"
     received: int = progress.received
     return progress.done.path if progress.done else f"{received} bytes"
+
+
+def keep_whole(store: Store, blocks: list[bytes], upload: Upload) -> str:
+    whole: Whole
+    with store.receive_whole(10**9) as whole:
+        for block in blocks:
+            whole.write(block)
+        whole.commit(upload)
+    status: Optional[Status] = store.status(upload.key)
+    return status.done.path if status and status.done else ""
 
 
 def stored(body: Body, content: bytes) -> Progress:

@@ -12,7 +12,7 @@ HOME = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(
     r"^<!-- snippet: ([a-z0-9-]+) -->\n```[a-z]*\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
-MOST_LINES = 10
+MOST_LINES = 15
 
 
 def readme() -> str:
