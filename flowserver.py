@@ -1434,7 +1434,8 @@ class _State:
         assert self.finished is not None
         lines: list[tuple[Any, ...]] = [("upload", *self.begun)]
         lines += [("range", 0, self.upload.size), ("finished", *self.finished)]
-        lines += [("claim", body, *claim) for body, claim in self.claims.items()]
+        claims = self.claims.items()
+        lines += [("claim", body, *claim) for body, claim in claims if any(claim)]
         lines += [("announced",)] * self.is_announced
         return lines + [("again",)] * self.came_again
 
@@ -6174,6 +6175,7 @@ class FlowServer(http.server.ThreadingHTTPServer):
             time.sleep(0.02)
 
     def _keep_tidy(self) -> None:
+        self.app.tidy()  # finishes what a crash left
         while not self._stopped.wait(_FIGURE_SECONDS):
             self.app.tidy()
 

@@ -428,6 +428,7 @@ def _serve(
         announce if done_log else None,
     )
     app = flowserver.UploadApp(chosen, store=store)
+    app.tidy()  # before a thread of the server does it, for the order of calls
     flowserver._FIRST_SIZE = 300
     with PiecewiseServer(app) as server:
         os.write(port, b"%d\n" % server.server_address[1])

@@ -823,3 +823,48 @@ NAMES = [
     *("-rf", "--help", "a;rm -rf .", "$(id)", "`id`", "%00", "%2e%2e%2fx", "<script>"),
     *("con.", "nul .", "com1 .x", "lpt1\u00a0", "CLOCK$.txt", "conin$.txt", "a/b/../c"),
 ]
+
+
+def other_ways(*lines: str) -> list[bytes]:
+    """Return requests that store a file, or try to, without parameters of a chunk."""
+    more = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+    body = form(part(b"form-data; name=f; filename=other.txt", b"hello"))
+    kind = b"Content-Type: multipart/form-data; boundary=boundary\r\n"
+
+    def written(first: bytes, head: bytes = b"", body: bytes = b"hello") -> bytes:
+        length = b"Content-Length: %d\r\n\r\n" % len(body)
+        first += b" HTTP/1.1\r\nHost: localhost\r\n"
+        return first + more + head + length + body
+
+    tus = b"Tus-Resumable: 1.0.0\r\n"
+    return [
+        written(b"POST /upload", kind, body),
+        written(b"PUT /upload/other.txt"),
+        written(b"POST /upload", b"Content-Disposition: form-data; filename=other\r\n"),
+        written(
+            b"POST /upload",
+            b"Content-Range: bytes 0-4/5\r\n"
+            b"Content-Disposition: attachment; filename=other\r\n",
+        ),
+        written(b"POST /upload", tus + b"Upload-Length: 5\r\n", b""),
+        written(
+            b"POST /upload",
+            tus
+            + b"Upload-Length: 5\r\nContent-Type: application/offset+octet-stream\r\n",
+        ),
+        written(b"POST /upload", b"Upload-Length: 5\r\n", b""),
+        written(
+            b"PATCH /upload?patch=%b-5" % (b"0" * 32),
+            b"Upload-Offset: 0\r\nUpload-Length: 5\r\nUpload-Name: other\r\n",
+        ),
+        written(
+            b"POST /upload?dzuuid=%b&dzchunkindex=0&dzchunksize=5&dztotalfilesize=5"
+            b"&dztotalchunkcount=1&dzchunkbyteoffset=0" % (b"0" * 32),
+            kind,
+            body,
+        ),
+        written(
+            b"POST /upload?qquuid=%b&qqfilename=other&qqtotalfilesize=5" % (b"0" * 32)
+        ),
+        written(b"DELETE /upload/%b" % (b"0" * 32), b"", b""),
+    ]

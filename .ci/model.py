@@ -276,17 +276,17 @@ class ModelStore(flowserver.Store):  # type: ignore[name-defined, misc]
         self.world = world
         super().__init__(*arguments, **options)
 
-    def receive(self, upload: Any, start: int, end: int) -> Any:
+    def receive(self, upload: Any, start: int, end: int, *kind: bool) -> Any:
         self.world.meet(upload.key)
-        return super().receive(upload, start, end)
+        return super().receive(upload, start, end, *kind)
 
     def has(self, upload: Any, start: int, end: int) -> Any:
         self.world.meet(upload.key)
         return super().has(upload, start, end)
 
-    def forget(self, upload: Any) -> Any:
-        self.world.meet(upload.key)
-        return super().forget(upload)
+    def forget(self, key: str) -> Any:
+        self.world.meet(key)
+        return super().forget(key)
 
     def sweep(self, *seconds: float) -> None:
         exchange = self.world.exchange()

@@ -518,6 +518,7 @@ class World:
     def judge_receipt(self, path: str, before: Any) -> None:
         """What is cut down says all that must be known."""
         now = self.look(os.path.basename(path)[:40])
+        before.claims = {name: one for name, one in before.claims.items() if any(one)}
         for name in ("begun", "finished", "claims", "is_announced", "came_again"):
             if getattr(before, name) != getattr(now, name):
                 raise Wrong(f"a receipt is cut down, and loses {name}")
@@ -603,7 +604,10 @@ class World:
         files += self.state_dir.glob(f"{key}-{state.generation}.data")
         age = self.turns.now - max(file.stat().st_mtime for file in files)
         is_told = state.is_announced or not self.plan.announces
-        is_old = is_told and age > HOUR if state.finished else age > 7 * DAY
+        is_begun = state.ranges.total or state.begun.is_kept
+        is_old = age > (7 * DAY if is_begun else HOUR)
+        if state.finished:
+            is_old = is_told and age > HOUR
         came = [e for e in ours if e.status == 200 and e.method == "POST"]
         was_here = state.finished and any(self.turns.now - e.began < HOUR for e in came)
         if not state.upload.size and state.is_unfinished and len(files) == 1:

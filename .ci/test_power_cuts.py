@@ -769,8 +769,8 @@ def life_with_a_status_in_between(life: Life) -> None:
     life.chunk(store, SECRET, 1)
 
     def ask() -> None:
-        ranges, _ = other.status(upload_of(SECRET))
-        if ranges == [(0, 2 * CHUNK)]:
+        status = other.status(upload_of(SECRET).key)
+        if status.stored == [(0, 2 * CHUNK)]:
             life.answered(SECRET, 2)
 
     life.before_lines_are_flushed(ask)
