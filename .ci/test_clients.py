@@ -483,7 +483,7 @@ class PictureTest(ClientCase):
                     self.wait_for_ends(1)
                     self.assertEqual(self.told("finished"), [])
                     [failed] = self.told("failed")
-                    self.assertIn("720683 bytes", failed["message"])
+                    self.assertIn("of 720683", failed["message"])
             self.assert_stored(server, {})
 
 

@@ -1233,7 +1233,7 @@ class PageTextTest(PageCase):
         self.assertIn("default-src 'none'", policy)
         self.assertNotIn("unsafe", policy)
         self.assertEqual(response.headers["X-Content-Type-Options"], "nosniff")
-        self.assertEqual(response.headers["Referrer-Policy"], "no-referrer")
+        self.assertEqual(response.headers["Referrer-Policy"], "same-origin")
         self.assertIn("frame-ancestors 'none'", policy)
         self.assertNotRegex(text, r"<[^>]+ on\w+=")
         self.assertNotRegex(text, r"<[^>]+ style=")

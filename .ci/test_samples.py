@@ -34,6 +34,8 @@ MODULES = HERE / ".tools" / "node_modules"
 LIBRARIES = {
     "flowjs.html": "@flowjs/flow.js/dist/flow.min.js",
     "resumablejs.html": "resumablejs/resumable.js",
+    "dropzone.html": "dropzone/dist/dropzone-min.js",
+    "uppy.html": "uppy/dist/uppy.min.js",
 }
 
 
@@ -489,8 +491,8 @@ class SamplePageCase(test_page.PageCase):
         shutil.copy(SAMPLES / self.page, sample / self.page)
         if with_library:
             library = sample / "node_modules" / LIBRARIES[self.page]
-            library.parent.mkdir(parents=True)
-            shutil.copy(MODULES / LIBRARIES[self.page], library)
+            source = MODULES / LIBRARIES[self.page]
+            shutil.copytree(source.parent, library.parent)  # with its styles
         self.serve(*flags)
         self.open(f"{self.server.url}sample/{self.page}")
 
@@ -700,6 +702,40 @@ class FlowTest(SamplePages.Test):
 
 class ResumableTest(SamplePages.Test):
     page = "resumablejs.html"
+
+
+class OwnInterfaceTest(SamplePageCase):
+    """The pages whose libraries draw what is seen."""
+
+    FILES = {"long.bin": noise(5 * MIB + 3, 1), "a+b & c=d #.txt": b"one"}
+
+    def test_dropzone(self) -> None:
+        self.page = "dropzone.html"
+        self.serve_sample()
+        test_page.BROWSER.set_files(".dz-hidden-input", self.files(self.FILES))
+        said = "return [...document.querySelectorAll('#done li')].map(e => e.innerText)"
+        names = sorted(self.FILES)
+        self.wait(lambda: sorted(test_page.BROWSER.run(said)) == names, "both")
+        self.assert_on_disk(self.FILES)
+
+    def test_uppy(self) -> None:
+        self.page = "uppy.html"
+        self.serve_sample()
+        test_page.BROWSER.set_files(".uppy-Dashboard-input", self.files(self.FILES))
+        test_page.BROWSER.find(".uppy-StatusBar-actionBtn--upload").click()
+        said = "return document.querySelector('.uppy-Dashboard').innerText"
+        self.wait(lambda: "Complete" in test_page.BROWSER.run(said), "Complete")
+        self.assert_on_disk(self.FILES)
+
+    def test_without_the_library_they_say_how_to_get_it(self) -> None:
+        for self.page in ("dropzone.html", "uppy.html"):
+            with self.subTest(self.page):
+                self.serve_sample(with_library=False)
+                missing = test_page.BROWSER.find("#missing")
+                self.assertTrue(missing.displayed())
+                self.assertIn("npm install", missing.text())
+                self.server.kill()
+                shutil.rmtree(self.home / "sample")
 
 
 class FolderTest(test_page.PageCase):
