@@ -8080,8 +8080,10 @@ class StopTest(unittest.TestCase):
             for client, size in zip(clients, (40 * KIB, 1)):
                 client.send(head_of(message), message.body[:size])
             until(lambda: under_way(server) == 2)
+            wires = server._connections.values()
+            until(lambda: min(w.remaining for w in wires) == MIB - 40 * KIB)
             with mock.patch.object(flowserver, "_LINGER_SECONDS", 0):
-                until(lambda: min(w.rate() for w in server._connections.values()) < 9)
+                until(lambda: min(w.rate() for w in wires) < 9)
                 with mock.patch.object(flowserver, "_MIN_DRAIN_RATE", 10):
                     self.assertEqual(send(server, "GET", "/health").status, 200)
             self.assertTrue(clients[1].is_closed())

@@ -8,6 +8,7 @@ keeps files must do; where we are stricter the row says what we answer.
 
 from __future__ import annotations
 
+import urllib.parse
 from typing import NamedTuple
 
 
@@ -868,3 +869,73 @@ def other_ways(*lines: str) -> list[bytes]:
         ),
         written(b"DELETE /upload/%b" % (b"0" * 32), b"", b""),
     ]
+
+
+def _words(prefix: str) -> dict[str, tuple[str, str]]:
+    """Return what flow.js and those after it send, by what it means."""
+    values = {
+        "number": ("ChunkNumber", "1"),
+        "nominal": ("ChunkSize", "5"),
+        "length": ("CurrentChunkSize", "5"),
+        "total": ("TotalSize", "10"),
+        "identifier": ("Identifier", "10-x"),
+        "name": ("Filename", "x"),
+        "path": ("RelativePath", "x"),
+        "count": ("TotalChunks", "2"),
+    }
+    return {
+        role: (prefix + word if prefix else word[0].lower() + word[1:], value)
+        for role, (word, value) in values.items()
+    }
+
+
+_UUID = "0f8fad5b-d9cb-469f-a165-70867728950e"
+# The first of two chunks of 5 bytes each, in the words of each library.
+CHUNKS = {
+    "flow": _words("flow"),
+    "resumable": _words("resumable"),
+    "simple": _words(""),
+    "Dropzone": {
+        "identifier": ("dzuuid", _UUID),
+        "number": ("dzchunkindex", "0"),
+        "total": ("dztotalfilesize", "10"),
+        "nominal": ("dzchunksize", "5"),
+        "count": ("dztotalchunkcount", "2"),
+        "start": ("dzchunkbyteoffset", "0"),
+    },
+    "Fine Uploader": {
+        "number": ("qqpartindex", "0"),
+        "start": ("qqpartbyteoffset", "0"),
+        "length": ("qqchunksize", "5"),
+        "count": ("qqtotalparts", "2"),
+        "total": ("qqtotalfilesize", "10"),
+        "name": ("qqfilename", "x"),
+        "folder": ("qqpath", "a"),
+        "identifier": ("qquuid", _UUID),
+    },
+    "Plupload": {
+        "name": ("name", "x"),
+        "start": ("offset", "0"),
+        "total": ("total", "10"),
+    },
+}
+
+
+def first_chunk(library: str, **changes: str | None) -> str:
+    """Return the query of a library's first chunk, with other values, or without."""
+    pairs = [
+        (name, changes.get(role, value))
+        for role, (name, value) in CHUNKS[library].items()
+    ]
+    return urllib.parse.urlencode([pair for pair in pairs if pair[1] is not None])
+
+
+# Of a body of 5 bytes.
+BAD_RANGES = [
+    *("", "bytes", "bytes 0-4", "bytes 0-4/*", "bytes */10", "0-4/10", "items 0-4/10"),
+    *("bytes 0-3/10", "bytes 0-5/10", "bytes 4-0/10", "bytes 0-4/4", "bytes 6-10/10"),
+    *("bytes 10-14/10", "bytes -1-3/10", "bytes 0--4/10", "bytes +0-4/10"),
+    *("bytes 0-4/10, 5-9/10", "bytes 0-4/10;", "bytes  0-4/10", "bytes 0-4/0x10"),
+    "bytes 0-4/" + "9" * 16,
+    f"bytes {10**14}-{10**14 + 4}/{10**14}",
+]

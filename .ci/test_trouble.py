@@ -30,7 +30,6 @@ from attack import (
     HalfSent,
     Server,
     disk_calls,
-    eventually,
     finished_files,
     flowserver,
     leftovers,
