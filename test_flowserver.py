@@ -8082,6 +8082,7 @@ class StopTest(unittest.TestCase):
             until(lambda: under_way(server) == 2)
             wires = server._connections.values()
             until(lambda: min(w.remaining for w in wires) <= MIB - 16 * KIB)
+            until(lambda: max(w.remaining for w in wires) == MIB - 1)
             with mock.patch.object(flowserver, "_LINGER_SECONDS", 0):
                 until(lambda: min(w.rate() for w in wires) < 9)
                 with mock.patch.object(flowserver, "_MIN_DRAIN_RATE", 10):
