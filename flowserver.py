@@ -864,6 +864,11 @@ class Dialect(NamedTuple):
         """The names of the parameters that count."""
         return tuple(getattr(self, field) for field in _PARAMETERS)
 
+    @property
+    def own(self) -> frozenset[str]:
+        """Names that no form without chunks would use."""
+        return self.marks.union(self.names) - _COMMON_WORDS
+
     def status_of(self, error: FlowError) -> int:
         """Return the status that makes this client do what the error means."""
         is_heard = not error.is_final or not self.gives_up_on
@@ -1017,8 +1022,7 @@ def recognise(
 def require_marks(names: Collection[str], dialects: Iterable[Dialect]) -> None:
     """Raise Malformed when parameters are a library's, but not all that mark them."""
     for row in dialects:
-        own = {*row.names, *row.marks} - _COMMON_WORDS
-        if not own.isdisjoint(names):
+        if not row.own.isdisjoint(names):
             missing = min(mark for mark in row.marks if mark not in names)
             raise Malformed(
                 f"These are parameters of {row.name}, but {missing} is missing."
@@ -3954,6 +3958,7 @@ class Content:
         self._field_size = 0
         self._files = 0
         self._is_in_file = False
+        self._following: Part | None = None  # was looked for already
         self.is_read = False  # its body held parameters, and nothing else
 
     @property
@@ -4011,6 +4016,9 @@ class Content:
         The fields before it are known then; its bytes are those of blocks().  What was
         not read of the file before is passed over.
         """
+        part, self._following = self._following, None
+        if part:
+            return part
         if not self._files and not self._begin():
             self._files, self._is_in_file = 1, True
             return Part("", disposition_name(self.request.headers), "")
@@ -4066,6 +4074,11 @@ class Content:
             self._is_in_file = False
             if event is _END:
                 self._close_form()
+
+    def look_ahead(self) -> None:
+        """Read the fields that follow a file, before it counts; raises Malformed."""
+        if self._parser:
+            self._following = self.next_file()
 
     def end(self) -> None:
         """Raise Malformed when more files follow, or the body is not whole."""
@@ -4141,9 +4154,10 @@ class Content:
             text = value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise Malformed("A text field of the form is not UTF-8.") from error
-        is_late = self._files and self.dialect and name in self.dialect.names
-        if is_late and name not in self.given:
-            raise Malformed("The parameters must come before the file.")
+        if self._files and name not in self.given:
+            row = self.dialect
+            if name in row.names if row else any(name in r.own for r in self._dialects):
+                raise Malformed("The parameters must come before the file.")
         add_parameter(self.given, name, text)
 
 
@@ -4888,6 +4902,7 @@ class Chunks:
             if not name and not body.size:
                 return None
             _require_name(name)
+            content.look_ahead()
             if said and said.size >= 0:
                 _require_length("file", body.size, said.size)
             upload = self._intake.placed(upload._replace(size=body.size), fields)
@@ -6104,7 +6119,8 @@ class FlowServer(http.server.ThreadingHTTPServer):
         settings = app.settings
         self.app = app
         self.is_stopping = False
-        self.max_connections = settings.max_connections or sys.maxsize
+        most = _descriptors() * 3 // 4  # bodies need some for their files
+        self.max_connections = min(settings.max_connections or most, most)
         self.timeout_seconds = float(settings.timeout) or _NO_TIMEOUT_SECONDS
         self.tls = _tls_context(settings)
         self.is_loopback = False
@@ -6275,6 +6291,16 @@ class FlowServer(http.server.ThreadingHTTPServer):
                 self._buffers.append(buffer)
             else:
                 self._large_buffers -= 1
+
+
+def _descriptors() -> int:
+    """Return how many files and sockets this process may have at one time."""
+    with contextlib.suppress(ImportError):
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+    return sys.maxsize
 
 
 def _shut(connection: socket.socket) -> None:

@@ -4046,6 +4046,17 @@ class WholeFileTest(unittest.TestCase):
             answer = send(app, "POST", "/upload", b"x", {"Content-Type": "image/png"})
             self.assertIn("has no name", answer.json["error"])
 
+    def test_parameters_after_the_file_make_no_file_of_each_chunk(self) -> None:
+        end = f"--{BOUNDARY}--\r\n".encode()
+        kind = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+        fields = flow_parameters("a", noise(25), 1, 10, False, "flow")
+        body = multipart({}, noise(10))[: -len(end)] + multipart(fields, None)
+        with application() as app:
+            answer = send(app, "POST", "/upload", body, kind)
+            self.assertEqual(answer.status, 400, answer.body)
+            self.assertIn("before the file", answer.json["error"])
+            self.assertEqual((finished_files(app), leftovers(app)), ({}, {}))
+
     def test_blueimp_can_list_the_file_after_its_last_chunk(self) -> None:
         head = {"Content-Disposition": 'attachment; filename="a"'}
         with application() as app:

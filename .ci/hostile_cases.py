@@ -853,7 +853,11 @@ def other_ways(*lines: str) -> list[bytes]:
             tus
             + b"Upload-Length: 5\r\nContent-Type: application/offset+octet-stream\r\n",
         ),
-        written(b"POST /upload", b"Upload-Length: 5\r\n", b""),
+        written(
+            b"POST /upload",
+            kind + b"Upload-Length: 5\r\n",
+            form(part(b"form-data; name=filepond", b"{}")),
+        ),
         written(
             b"PATCH /upload?patch=%b-5" % (b"0" * 32),
             b"Upload-Offset: 0\r\nUpload-Length: 5\r\nUpload-Name: other\r\n",
@@ -867,7 +871,6 @@ def other_ways(*lines: str) -> list[bytes]:
         written(
             b"POST /upload?qquuid=%b&qqfilename=other&qqtotalfilesize=5" % (b"0" * 32)
         ),
-        written(b"DELETE /upload/%b" % (b"0" * 32), b"", b""),
     ]
 
 
