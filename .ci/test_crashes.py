@@ -12,17 +12,23 @@ of system call. FLOWSERVER_CRASHES=all tries every one of those, instead of some
 
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
 import functools
+import http.client
+import itertools
 import mmap
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import time
 import unittest
+import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -528,6 +534,132 @@ SYSTEM_CALLS = (
     "open,openat,pwrite64,ftruncate,fdatasync,fsync,link,linkat,rename,renameat,renameat2,"
     "unlink,unlinkat,mkdir,mkdirat,flock,close"
 )
+
+
+class TusClient:
+    """One upload of tus, and the largest offset that its client was ever told."""
+
+    def __init__(self) -> None:
+        self.path = ""  # once it is told
+        self.offset = 0
+        self.hanging: socket.socket | None = None
+
+    def ask(
+        self, port: int, method: str, path: str, body: bytes = b"", **headers: object
+    ) -> http.client.HTTPResponse | None:
+        """Send a request; the answer, None when the server was killed meanwhile."""
+        connection = http.client.HTTPConnection("127.0.0.1", port, PATIENCE)
+        names = {key.replace("_", "-"): str(value) for key, value in headers.items()}
+        try:
+            connection.request(method, path, body, {"Tus-Resumable": "1.0.0", **names})
+            answer = connection.getresponse()
+            said = answer.read().decode()
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+        if answer.status not in (200, 201, 204):
+            raise AssertionError(f"{method} is answered {answer.status}: {said}")
+        told = answer.headers["Upload-Offset"]
+        if told:
+            self.offset = max(self.offset, int(told))
+        return answer
+
+    def create(self, port: int) -> bool:
+        metadata = "filename " + base64.b64encode(b"a/tus.bin").decode()
+        names = {"Upload_Length": len(OLD), "Upload_Metadata": metadata}
+        answer = self.ask(port, "POST", "/upload", **names)
+        if answer is not None:
+            self.path = urllib.parse.urljoin("/upload", answer.headers["Location"])
+        return answer is not None
+
+    def patch(self, port: int, end: int) -> bool:
+        kind = "application/offset+octet-stream"
+        names = {"Content_Type": kind, "Upload_Offset": self.offset}
+        body = OLD[self.offset : end]
+        answer = self.ask(port, "PATCH", self.path, body, **names)
+        return answer is not None
+
+    def hang(self, port: int) -> bool:
+        """Send most of a PATCH, and leave it there."""
+        self.hanging = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.hanging.sendall(
+            f"PATCH {self.path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            f"Tus-Resumable: 1.0.0\r\nUpload-Offset: {self.offset}\r\n"
+            "Content-Type: application/offset+octet-stream\r\n"
+            f"Content-Length: {len(OLD) - self.offset}\r\n\r\n".encode()
+            + OLD[self.offset : self.offset + 1400]
+        )
+        time.sleep(0.02)
+        return True
+
+    def look(self, port: int) -> bool:
+        return self.ask(port, "HEAD", self.path) is not None
+
+    def upload(self, port: int) -> None:
+        """All that can happen to one, until the server is killed."""
+        steps = (
+            self.create,
+            lambda port: self.patch(port, 1000),
+            self.hang,
+            self.look,
+            lambda port: self.patch(port, 2000 + self.offset % 7),
+            lambda port: self.patch(port, len(OLD)),
+        )
+        try:
+            all(step(port) for step in steps)
+        finally:
+            if self.hanging is not None:
+                self.hanging.close()
+
+
+class TusTest(AttackCase):
+    """Every offset that was ever answered is on the disk, wherever the kill comes."""
+
+    def kill_at(self, call: int, when: int, folder: Path) -> bool:
+        memory, log = mmap.mmap(-1, mmap.PAGESIZE), folder.with_suffix(".log")
+        client = TusClient()
+        with Server(folder, lambda: _Calls(memory), log) as server:
+            KillingDisk.LAYOUT.pack_into(memory, 0, call, when, 0)
+            client.upload(server.port)
+            if KillingDisk.LAYOUT.unpack_from(memory)[2] < call:
+                return False
+            self.assertEqual(server.wait(), -signal.SIGKILL)
+        with Server(folder, done_log=log) as server:
+            self.go_on(client, server.port)
+        self.assertEqual(list(finished_files(folder).values()), [OLD])
+        self.assertEqual({path for _, path in announcements(log)}, {"a/tus.bin"})
+        return True
+
+    def go_on(self, client: TusClient, port: int) -> None:
+        """As after a restart; what was never told is begun anew."""
+        told = client.offset
+        if client.path:
+            answer = client.ask(port, "HEAD", client.path)
+            assert answer is not None
+            self.assertEqual(answer.status, 200)
+            client.offset = int(answer.headers["Upload-Offset"])
+            self.assertGreaterEqual(client.offset, told)
+        else:
+            self.assertTrue(client.create(port))
+        if client.offset < len(OLD):
+            self.assertTrue(client.patch(port, len(OLD)))
+        self.assertEqual(client.offset, len(OLD))
+
+    def test_every_call_before_and_after(self) -> None:
+        home = quick_folder("flowserver-crash")
+        self.addCleanup(shutil.rmtree, home)
+        kills = 0
+        with without_collector():
+            for when in (0, 1):
+                for call in itertools.count(1):
+                    folder = home / f"{when}-{call}"
+                    folder.mkdir()
+                    if not self.kill_at(call, when, folder):
+                        break
+                    kills += 1
+        self.assertGreater(kills, 60)
+        print(f"\n{kills} crashes of an upload of tus", flush=True)
 
 
 @unittest.skipUnless(shutil.which("strace"), "strace is missing")
