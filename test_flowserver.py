@@ -8088,8 +8088,9 @@ class StopTest(unittest.TestCase):
         message = browser("a", bytes(MIB), mode="octet")
         with serving(max_connections=2) as server, contextlib.ExitStack() as stack:
             clients = [stack.enter_context(RawClient(server)) for _ in range(2)]
+            head = head_of(message).replace("\n", "\r\n").encode()
             for client, size in zip(clients, (40 * KIB, 1)):
-                client.send(head_of(message), message.body[:size])
+                client.send(head + message.body[:size])
             until(lambda: under_way(server) == 2)
             wires = server._connections.values()
             until(lambda: min(w.remaining for w in wires) <= MIB - 16 * KIB)

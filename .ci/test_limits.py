@@ -84,9 +84,9 @@ class SpaceTest(LimitCase):
                 server.kill()
                 # The file system's own records of the files are not ours to foresee.
                 self.assertGreater(lowest[0], self.FLOOR - 2 * MIB)
-                self.assertIn(200, answers)
+                self.assertLess(lowest[0], self.FLOOR + 40 * MIB, "little came in")
                 self.assertLessEqual(set(answers), {200, 413, 503})
-                self.assertGreater(len(set(answers)), 1, "the disk was large enough")
+                self.assertNotEqual(set(answers), {200}, "the disk was large enough")
 
     @contextlib.contextmanager
     def disk(self) -> Iterator[Path]:
