@@ -7,7 +7,8 @@ file is whole and there once, nothing wrong is ever visible, and no data is left
 A start that has to bring much in order is killed at each of its calls as well.
 
 Then the same from outside: strace kills `python flowserver.py` at the k-th of each kind
-of system call. FLOWSERVER_CRASHES=all tries every one of those, instead of some.
+of system call. FLOWSERVER_CRASHES=all tries each of those, and each way to do a
+scenario, instead of some.
 """
 
 from __future__ import annotations
@@ -140,6 +141,12 @@ CHANGED = File("a/b/report.bin", NEW)
 LONG = noise(3000, seed=6)
 MANY = File("a/many.bin", LONG, 60)  # its ledger is cut down at the end
 assert PLAIN.parameters(1)["flowIdentifier"] == CHANGED.parameters(1)["flowIdentifier"]
+
+
+def some(ways: tuple[Way, ...]) -> tuple[Way, ...]:
+    """Two of all: before and after a call, with on_complete and without."""
+    return ways[:: max(len(ways) // 2, 1)]
+
 
 TWO_WAYS = (Way(0, True), Way(1, False))  # on_complete changes how one chunk is stored
 
@@ -425,14 +432,14 @@ class CrashTest(CrashCase):
         total = 0
         with without_collector():
             for scenario in SCENARIOS:
-                for way in scenario.ways:
+                for way in scenario.ways if TRY_ALL else some(scenario.ways):
                     with self.subTest(scenario.name, way=way):
                         kills = self.check(scenario, way)
                         # As many as there were when nothing was killed.
                         self.assertEqual(kills, self.count_calls(scenario, way))
                         self.assertGreater(kills, 5)
                         total += kills
-        self.assertGreater(total, 1000)
+        self.assertGreater(total, 1000 if TRY_ALL else 500)
         print(
             f"\n{total} crashes in {len(SCENARIOS)} scenarios, "
             f"{self.looks} looks at the folder",

@@ -47,7 +47,7 @@ import model
 from attack import flowserver, quick_folder
 from model import FOREVER, Exchange, Page, Person, Process, Task, Turns, Wrong
 
-RUNS = int(os.environ.get("FLOWSERVER_MODEL") or 1500)
+RUNS = int(os.environ.get("FLOWSERVER_MODEL") or 800)
 FIRST_SEED = int(os.environ.get("FLOWSERVER_SEED") or 1)
 HOUR, DAY = 3600, 86400
 WAIT = 10 - 1  # as the store's for what may still differ, and a little less
