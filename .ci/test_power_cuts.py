@@ -545,6 +545,14 @@ class Life:
             body.write(data[len(data) // 2 :])
             self.end(body, file, number)
 
+    def whole(self, store: Any, file: File) -> None:
+        """Send a file of one chunk as a form that does not say how large it is."""
+        upload = upload_of(file)
+        with store.receive_whole(2 * upload.size) as whole:
+            whole.write(file.body(1))
+            done = whole.commit(upload, self.fields).done
+        self.answered(file, 1, done.relative_path)
+
     def send(self, store: Any, *files: File) -> None:
         for file in files:
             for number in range(1, file.count + 1):
@@ -694,6 +702,17 @@ def life_of_one_long_body(life: Life) -> None:
     life.chunk(store, SECRET, 3)
 
 
+def life_of_forms(life: Life) -> None:
+    store = life.store()
+    for file in (ONE, ANOTHER_ONE):
+        life.whole(store, file)
+
+
+def life_of_forms_for_nobody(life: Life) -> None:
+    life.with_announce = False
+    life_of_forms(life)
+
+
 def life_beside_a_copy(life: Life) -> None:
     """Another program has just put the very bytes there, and flushed nothing."""
     life.with_announce = False
@@ -806,6 +825,8 @@ LIVES: tuple[Callable[[Life], None], ...] = (
     life_of_a_refused_file,
     life_of_a_lost_answer,
     life_of_one_long_body,
+    life_of_forms,
+    life_of_forms_for_nobody,
     life_beside_a_copy,
     life_with_a_folder_removed,
     life_with_replacement,

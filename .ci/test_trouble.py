@@ -30,6 +30,7 @@ from attack import (
     HalfSent,
     Server,
     disk_calls,
+    eventually,
     finished_files,
     flowserver,
     leftovers,
@@ -232,6 +233,8 @@ class TroubleTest(TroubleCase):
             end = time.monotonic() + 30
             while (answer is None or answer.status != 200) and time.monotonic() < end:
                 answer = client.post(FILE, 2)
+            files = f"/proc/{server.pid}/fd"
+            eventually(lambda: len(os.listdir(files)) < 16, "the end of the others")
             self.assert_goes_on(client, first=2)
         # Whoever found no descriptor to drop an upload with left that to the sweep.
         flowserver.Store(str(self.folder), clock=lambda: time.time() + 9).sweep(8, 8)
