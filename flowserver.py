@@ -2130,17 +2130,15 @@ def _taken(path: str) -> Conflict:
 
 _WAIT_SECONDS = 10.0  # for what may still differ, before a file gets its name
 _BUSY_SECONDS = 60.0  # between the chunks of a client that sends one after the other
-_ANSWER_SECONDS = 1.0  # between what is recorded and the end of its body
 
 
-class _Pending(NamedTuple):
-    """A range of an upload that is under way, or will be until then."""
+class _Sample(NamedTuple):
+    """Recorded bytes that a test was told to send again, and may until then."""
 
     key: str
     start: int
     end: int
     until: float
-    body: Body | None = None  # a sample that was asked for has none yet
 
 
 class _Expected:
@@ -2148,88 +2146,55 @@ class _Expected:
 
     def __init__(self) -> None:
         self._change = threading.Condition()
-        self._all: list[_Pending] = []  # replaced, never changed
+        self._bodies: list[Any] = []  # under way; replaced, never changed
+        self._samples: list[_Sample] = []
 
     def ask(self, key: str, start: int, end: int) -> None:
         """A test was told to send these recorded bytes again, as a sample."""
         with self._change:
-            now, is_first = time.monotonic(), start < 1
-            old = [
+            now, which = time.monotonic(), (key, start < 1)
+            self._samples = [
                 one
-                for one in self._all
-                if one.body
-                or (now < one.until and (one.key, one.start < 1) != (key, is_first))
-            ]
-            self._all = old + [_Pending(key, start, end, now + _WAIT_SECONDS)]
+                for one in self._samples
+                if now < one.until and (one.key, one.start < 1) != which
+            ] + [_Sample(key, start, end, now + _WAIT_SECONDS)]
 
-    def begin(self, body: Body) -> None:
+    def begin(self, body: Body | Whole) -> None:
         """A body is under way, and with it the samples of its range."""
-        key, start, end = body.upload.key, body.start, body.end
+        key, start, end = body.key, body.start, body.end
         with self._change:
-            self._all = [
+            self._bodies = [*self._bodies, body]
+            self._samples = [
                 one
-                for one in self._all
-                if one.body or one.key != key or one.end <= start or end <= one.start
-            ] + [_Pending(key, start, end, math.inf, body)]
+                for one in self._samples
+                if one.key != key or one.end <= start or end <= one.start
+            ]
 
-    def end(self, body: Body, seconds: float = 0.0) -> None:
-        """Nothing of a body can differ any more; it is answered in `seconds` or so."""
+    def end(self, body: Body | Whole) -> None:
+        """Nothing of a body can differ any more."""
         with self._change:
-            mine = [one for one in self._all if one.body is body]
-            self._all = [one for one in self._all if one.body is not body]
-            if seconds:
-                until = time.monotonic() + seconds
-                self._all += [one._replace(until=until) for one in mine]
+            self._bodies = [one for one in self._bodies if one is not body]
             self._change.notify_all()
 
     def bodies(self, key: str) -> list[Body]:
-        """Return the bodies that are under way."""
-        return [one.body for one in self._all if one.body and one.key == key]
+        """Return the bodies of an upload that are under way."""
+        return [one for one in self._bodies if one.key == key]
+
+    def left(self) -> int:
+        """Return how many bytes may still come, of all uploads."""
+        return sum(one.left for one in self._bodies)
 
     def wait(self, key: str) -> None:
         """Return when nothing is expected any more, or after a while."""
         last = time.monotonic() + _WAIT_SECONDS
         with self._change:
             while True:
-                ends = [one.until for one in self._all if one.key == key]
+                ends = [one.until for one in self._samples if one.key == key]
+                ends += [last] * bool(self.bodies(key))
                 left = min(max(ends, default=0.0), last) - time.monotonic()
                 if left <= 0:
                     return
                 self._change.wait(left)
-
-
-class _Room:
-    """Room on the disk: bodies that are under way have theirs already."""
-
-    def __init__(self, disk: Disk, folder: str, floor: int) -> None:
-        self._disk = disk
-        self._folder = folder
-        self._floor = floor  # bytes that stay free
-        self._taken = 0
-        self._mutex = threading.Lock()
-
-    def take(self, size: int, whole: int = 0) -> None:
-        """Set `size` bytes aside, of a new file of `whole` bytes if that is said.
-
-        Raises TooLarge when the new file has no room, else Trouble.
-        """
-        if not self._floor:
-            return
-        with self._mutex:
-            free = self._disk.free_space(self._folder) - self._floor - self._taken
-            if whole > free:
-                raise TooLarge(
-                    f"The disk has no room for {in_units(whole)} at the moment."
-                )
-            if size > free:
-                raise Trouble("The disk has no room for this chunk at the moment.")
-            self._taken += size
-
-    def give(self, size: int) -> None:
-        """Give back what was set aside: it was written, or never will be."""
-        if self._floor:
-            with self._mutex:
-                self._taken -= size
 
 
 class _Uploads:
@@ -2250,7 +2215,7 @@ class _Uploads:
         self.announce = announce
         self.clock = clock
         self.max_uploads = max_uploads
-        self.room = _Room(self.disk, folder, min_free_space)
+        self.min_free_space = min_free_space
         self._random = secrets.token_hex(4)
         self.entered = _Ledgers(self.disk, folder, self._mend).entered
         self.expected = _Expected()
@@ -2278,6 +2243,21 @@ class _Uploads:
                 f"The server has {self.max_uploads} unfinished uploads already"
                 " (max_uploads)."
             )
+
+    def require_space(self, whole: int, size: int = 0, left: int = 0) -> None:
+        """Raise TooLarge when a new file of `whole` bytes has no room.
+
+        Raises Trouble when a body that has `left` bytes has none for `size` of them.
+        What other bodies have left is as good as written.
+        """
+        if not self.min_free_space:
+            return
+        free = self.disk.free_space(self.folder) - self.min_free_space
+        free -= self.expected.left() - left
+        if whole > free:
+            raise TooLarge(f"The disk has no room for {in_units(whole)} at the moment.")
+        if size > free:
+            raise Trouble("The disk has no room for this chunk at the moment.")
 
     def begin(
         self, ledger: _Ledger, upload: Upload, is_whole: bool, is_kept: bool = False
@@ -2329,15 +2309,16 @@ class _Uploads:
     # Ends
 
     def conclude(
-        self, state: _State, waits: bool, fields: Mapping[str, str]
+        self, state: _State, fields: Mapping[str, str], body: Body | None = None
     ) -> Progress:
         """Finish and announce what is complete by now, and recorded durably.
 
-        Called without the lock; `waits` for bodies and samples that may still differ.
+        Called without the lock; a `body` waits for what may still differ.
         """
         key, is_new = state.upload.key, False
         if state.is_complete and not state.finished:
-            if waits:
+            if body:
+                self.expected.end(body)
                 self.expected.wait(key)
             with self.entered(key) as ledger:
                 if ledger is None or ledger.state.generation != state.generation:
@@ -2483,14 +2464,16 @@ class Whole:
     write() in order, commit() once, close().
     """
 
+    key, start, end = "", 0, 0  # of no upload yet
+
     def __init__(self, uploads: _Uploads, at_most: int) -> None:
         self.size = 0  # bytes so far
+        self.left = at_most
         self._uploads = uploads
         self._part = _Part(uploads.disk, uploads.folder)
-        self._reserved = 0
+        uploads.expected.begin(self)
         try:
-            uploads.room.take(at_most, at_most)
-            self._reserved = at_most
+            uploads.require_space(at_most, left=at_most)
         except FlowError:
             self.close()
             raise
@@ -2506,8 +2489,7 @@ class Whole:
         with explained():
             self._uploads.disk.write(self._part.fd, block, self.size)
         self.size += len(block)
-        self._reserved -= len(block)
-        self._uploads.room.give(len(block))
+        self.left -= len(block)
 
     def commit(
         self, upload: Upload, fields: Mapping[str, str] | None = None
@@ -2529,13 +2511,12 @@ class Whole:
                 except OSError:
                     uploads.drop(ledger)
                     raise
-            return uploads.conclude(state, False, fields or {})
+            return uploads.conclude(state, fields or {})
 
     def close(self) -> None:
         """Let go; a file that was not named is removed."""
         self._part.remove()
-        self._uploads.room.give(self._reserved)
-        self._reserved = 0
+        self._uploads.expected.end(self)
 
 
 class Body:
@@ -2551,6 +2532,7 @@ class Body:
         is_kept: bool,
     ) -> None:
         self.upload = upload
+        self.key = upload.key
         self.start = start
         self.end = end
         self.is_in_order = is_in_order  # what comes before it must be stored
@@ -2565,11 +2547,9 @@ class Body:
         self._generation = ""  # what it belongs to
         self._missing: list[tuple[int, int]] = []  # of its range, when it began
         self._failures = 0  # of flushes, until then
-        self._reserved = 0  # bytes of room on the disk
         self._is_recorded = False
         self._is_closed = False
         self._closing = threading.Lock()
-        uploads.expected.begin(self)
 
     def __enter__(self) -> Body:
         return self
@@ -2582,25 +2562,32 @@ class Body:
         """Whether this is all of the file."""
         return self.end - self.start == self.upload.size
 
+    @property
+    def left(self) -> int:
+        """How many bytes may still come."""
+        return self.end - self.position
+
     # Beginnings
 
     def begin(self) -> None:
         """Find out where the bytes go."""
         uploads = self._uploads
         is_aside = self.is_whole and not (uploads.announce or self.is_kept)
-        with uploads.entered(self.upload.key, create=not is_aside) as ledger:
-            if ledger and ledger.state.upload.size not in (-1, self.upload.size):
-                raise Conflict(_OTHER_SIZE)
-            if ledger and ledger.state.finished:
-                self._begin_after_end(ledger, ledger.state.finished)
-            elif ledger and (ledger.state.generation or not is_aside):
-                if not ledger.state.generation:
-                    uploads.begin(ledger, self.upload, self.is_whole)
-                self._join(ledger)
-            else:
+        with uploads.entered(self.key, create=not is_aside) as ledger:
+            if ledger is None or is_aside and not ledger.state.generation:
                 uploads.publisher.refuse_early(self.upload, is_whole=True)
                 uploads.require_room()
                 self._whole = Whole(uploads, self.upload.size)
+                return
+            if ledger.state.upload.size not in (-1, self.upload.size):
+                raise Conflict(_OTHER_SIZE)
+            uploads.expected.begin(self)
+            if ledger.state.finished:
+                self._begin_after_end(ledger, ledger.state.finished)
+            else:
+                if not ledger.state.generation:
+                    uploads.begin(ledger, self.upload, self.is_whole)
+                self._join(ledger)
 
     def _begin_after_end(self, ledger: _Ledger, place: _Place) -> None:
         """Compare with the finished file if it is still there, else begin anew."""
@@ -2622,22 +2609,14 @@ class Body:
         if self.is_kept:  # a hanging request gives way
             self._end_others(ledger, None, 0)
         is_new = not ledger.state.ranges.total  # it has no bytes that could be lost
-        self._take_room(self.upload.size if is_new else 0)
+        size = sum(high - low for low, high in self._missing)
+        self._uploads.require_space(is_new * self.upload.size, size, self.left)
         flags = os.O_RDWR | (os.O_CREAT if is_new else 0)
         self._data = _File(self._disk, ledger.data_path, flags)
         ledger.names += is_new
         with self._opened():  # made, before somebody waits for its bytes
             if self._missing:
                 ledger.append(("claim", self.name, self.start, self.end))
-
-    def _take_room(self, whole: int) -> None:
-        size = sum(high - low for low, high in self._missing)
-        self._uploads.room.take(size, whole)
-        self._reserved = size
-
-    def _give_room(self, size: int) -> None:
-        self._reserved -= size
-        self._uploads.room.give(size)
 
     # Bytes
 
@@ -2683,7 +2662,7 @@ class Body:
         start, end = self.position, self.position + len(block)
         gaps: list[tuple[int, int]] = []
         if self._missing:
-            with self._uploads.entered(self.upload.key) as found:
+            with self._uploads.entered(self.key) as found:
                 ledger = self._require_current(found)
                 gaps = ledger.state.ranges.gaps(start, end)
                 for low, high in gaps:
@@ -2691,7 +2670,6 @@ class Body:
                     self._end_others(ledger, piece, low)
                     with self._opened() as fd:
                         self._disk.write(fd, piece, low)
-                    self._give_room(len(piece))
                 self.position = end
         for low, high in Ranges(gaps).gaps(start, end):
             if not self._is_stored(block[low - start : high - start], low):
@@ -2705,7 +2683,7 @@ class Body:
 
         Without a `block` those of all others.
         """
-        for other in self._uploads.expected.bodies(self.upload.key):
+        for other in self._uploads.expected.bodies(self.key):
             if other is self or (
                 block is not None and not self._differs(other, block, start)
             ):
@@ -2728,7 +2706,7 @@ class Body:
 
     def _refuse(self, start: int, end: int) -> None:
         """Raise what these bytes deserve: they are not those recorded."""
-        with self._uploads.entered(self.upload.key) as found:
+        with self._uploads.entered(self.key) as found:
             ledger = self._require_current(found)
             error = ledger.state.on_difference(start, end, self._missing)
             if isinstance(error, Conflict):
@@ -2751,7 +2729,7 @@ class Body:
         """Go on in a new upload: this is not what the finished file has."""
         uploads, published, file = self._uploads, self._published, self._data
         assert published is not None and file is not None
-        with uploads.entered(self.upload.key) as ledger:
+        with uploads.entered(self.key) as ledger:
             state = ledger.state if ledger else _State()
             is_first = state.generation == self._generation
             if not ledger or not (is_first or state.follows(self._generation)):
@@ -2792,18 +2770,15 @@ class Body:
                 return self._whole.commit(self.upload)
             state = self._came_again() or self._record(is_end=True)
             self._is_recorded = True
-            # flow.js hands on the last answer that it sees: let that be the one of the
-            # chunk that completes the file.
-            seconds = 0.0 if state.is_complete else _ANSWER_SECONDS
-            self._uploads.expected.end(self, seconds)
-            return self._uploads.conclude(state, not self.is_whole, fields or {})
+            body = None if self.is_whole else self
+            return self._uploads.conclude(state, fields or {}, body)
 
     def _came_again(self) -> _State | None:
         """Say that a finished file came again; None when it did not."""
         published, file = self._published, self._data
         if published is None or file is None:
             return None
-        with self._uploads.entered(self.upload.key, flushes=True) as ledger:
+        with self._uploads.entered(self.key, flushes=True) as ledger:
             if ledger and ledger.state.generation == self._generation:
                 _require_intact(published, file)
                 self._uploads.note_again(ledger)
@@ -2816,7 +2791,7 @@ class Body:
         reached = self.position  # others may ask for this while the body goes on
         if self._missing:
             self._flush()
-        with self._uploads.entered(self.upload.key, flushes=True) as found:
+        with self._uploads.entered(self.key, flushes=True) as found:
             ledger = self._require_current(found)
             if self._missing and self._failures != self._uploads.failures:
                 raise Trouble("The disk could not store the chunk; please try again.")
@@ -2849,9 +2824,8 @@ class Body:
                 self._data.close()
         if self._generation and not self._published and not self._is_recorded:
             with contextlib.suppress(FlowError, OSError):
-                with self._uploads.entered(self.upload.key) as ledger:
+                with self._uploads.entered(self.key) as ledger:
                     self._give_back(ledger)
-        self._give_room(self._reserved)
         self._uploads.expected.end(self)
 
     def _give_back(self, ledger: _Ledger | None) -> None:
@@ -2973,10 +2947,8 @@ class Store:
         with explained(), uploads.entered(key, create=True, flushes=True) as ledger:
             assert ledger is not None
             if not ledger.state.generation:
-                uploads.room.take(0, upload.size)
+                uploads.require_space(upload.size)
                 uploads.begin(ledger, upload, is_whole=False, is_kept=True)
-                data = self.disk.open(ledger.data_path, os.O_RDWR | os.O_CREAT)
-                self.disk.close(data)  # there, to be counted
             return Progress(ledger.state.ranges.total, upload.size)
 
     def has(self, upload: Upload, start: int, end: int) -> bool:

@@ -8123,7 +8123,7 @@ class StopTest(unittest.TestCase):
 
 def under_way(server: FlowServer) -> int:
     """Return how many bodies a server is taking in."""
-    return len(server.app.store._uploads.expected._all)
+    return len(server.app.store._uploads.expected._bodies)
 
 
 class RaceOfAttemptsTest(unittest.TestCase):
