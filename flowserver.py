@@ -1270,10 +1270,11 @@ def quoted(text: str) -> str:
 # |------------------------|---------------|--------------------------------|----------|
 # | unknown                | send it       | opens it                       | -        |
 # | unfinished             | may_skip(),   | what is missing is stored, the | drops it |
-# |                        | is_sample()   | rest compared: on_difference() |          |
+# |                        | is_sample()   | rest compared: has_changed()   |          |
 # | complete, not named    | send it       | the same, and finishes it      | drops it |
-# | finished               | send it       | compared: require_new()        | -        |
-# | finished, file changed | send it       | opens a new one: require_new() | -        |
+# | finished               | send it       | compared; other bytes open a   | -        |
+# |                        |               | new one unless it came_again   |          |
+# | finished, file changed | send it       | opens a new one, likewise      | -        |
 # | finished, no receipt   | send it       | opens it: it is unknown        | -        |
 
 
@@ -1487,26 +1488,15 @@ class _State:
         """Say whether this is the new version of what was finished as `generation`."""
         return self.begun.supersedes == generation
 
-    def on_difference(
-        self, start: int, end: int, missing: Iterable[tuple[int, int]]
-    ) -> FlowError:
-        """Return what to tell of bytes [start, end) that are not those recorded.
+    def has_changed(
+        self, start: int, end: int, missing: Iterable[Sequence[int]]
+    ) -> bool:
+        """Say whether other bytes at [start, end) mean that the file has changed.
 
-        A Conflict means as well that the upload is dropped: the next try begins afresh.
         What was `missing` when the body began came from two attempts at one time: which
         one is right shows when it is sent again, and compared.
         """
-        is_late = any(low < end and start < high for low, high in missing)
-        return Trouble(_UNDONE) if is_late or self.finished else Conflict(_CHANGED)
-
-    def require_new(self, is_whole: bool) -> None:
-        """Let a new upload begin with a chunk that this finished one has not.
-
-        After something had come again, nobody can tell what of that belongs to which
-        version: raises Conflict, which means as well that the receipt is dropped.
-        """
-        if self.came_again and not is_whole:
-            raise Conflict(_CHANGED)
+        return not (self.finished or Ranges(missing).within(start, end))
 
 
 _LINES: Mapping[str, Callable[..., None]] = {
@@ -1568,15 +1558,14 @@ class Disk:
 
     def read(self, fd: int, size: int, offset: int) -> bytes:
         """Return `size` bytes from `offset`; fewer only at the file's end."""
-        blocks = []
-        while size > 0:
-            block = self.read_once(fd, min(size, 1 << 24), offset)
+        found = b""
+        while len(found) < size:
+            wanted = min(size - len(found), 1 << 24)
+            block = self.read_once(fd, wanted, offset + len(found))
             if not block:
                 break
-            blocks.append(block)
-            size -= len(block)
-            offset += len(block)
-        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+            found += block
+        return found
 
     def read_once(self, fd: int, size: int, offset: int) -> bytes:
         """Return what one call reads from `offset`: at most `size` bytes."""
@@ -1832,26 +1821,20 @@ class _Ledger:
             check = zlib.crc32(line[9:-1], self._check)
             if not line.endswith(b"\n") or line[:8] != b"%08x" % check:
                 return
-            self._go_on(line, check, json.loads(line[9:]))
-
-    def _go_on(self, line: bytes, check: int, values: Sequence[Any]) -> None:
-        state = self.state.after(*values)
-        self.names += state is not self.state
-        self.state, self._last, self._check = state, line, check
-        self._size += len(line)
+            state = self.state.after(*json.loads(line[9:]))
+            self.names += state is not self.state
+            self.state, self._last, self._check = state, line, check
+            self._size += len(line)
 
     def append(self, *lines: Sequence[Any]) -> None:
         """Write lines, over what does not count, and take them as read."""
-        text, check, taken = b"", self._check, []
+        text, check = b"", self._check
         for values in lines:
             line = _compact_json(values).encode()
             check = zlib.crc32(line, check)
-            line = b"%08x %s\n" % (check, line)
-            taken.append((line, check, values))
-            text += line
+            text += b"%08x %s\n" % (check, line)
         self.disk.write(self.fd, text, self._size)
-        for one in taken:
-            self._go_on(*one)
+        self._take(text)
 
     def flush(self, fd: int) -> None:
         """Return when lines and names are on the disk; threads share a flush."""
@@ -2282,17 +2265,16 @@ class _Uploads:
             self.count = sum(name.endswith(".data") for name in names)
 
     def supersede(self, ledger: _Ledger, upload: Upload, is_whole: bool) -> None:
-        """Begin a new version of a finished upload, or refuse that once.
+        """Begin a new version of a finished upload.
 
-        Raises Trouble while the receipt must stay: on_complete has not returned.
+        Refuse that once, and drop the receipt, after something had come again: nobody
+        can tell which version that belongs to.
         """
         if not self.is_told(ledger.state):
             raise Trouble("The finished file is still being handed on; try again.")
-        try:
-            ledger.state.require_new(is_whole)
-        except Conflict:
+        if ledger.state.came_again and not is_whole:
             self.drop(ledger)
-            raise
+            raise Conflict(_CHANGED)
         self.begin(ledger, upload, is_whole)
 
     def drop(self, ledger: _Ledger) -> None:
@@ -2547,8 +2529,6 @@ class Body:
         self._generation = ""  # what it belongs to
         self._missing: list[tuple[int, int]] = []  # of its range, when it began
         self._failures = 0  # of flushes, until then
-        self._is_recorded = False
-        self._is_closed = False
         self._closing = threading.Lock()
 
     def __enter__(self) -> Body:
@@ -2613,7 +2593,6 @@ class Body:
         self._uploads.require_space(is_new * self.upload.size, size, self.left)
         flags = os.O_RDWR | (os.O_CREAT if is_new else 0)
         self._data = _File(self._disk, ledger.data_path, flags)
-        ledger.names += is_new
         with self._opened():  # made, before somebody waits for its bytes
             if self._missing:
                 ledger.append(("claim", self.name, self.start, self.end))
@@ -2708,11 +2687,11 @@ class Body:
         """Raise what these bytes deserve: they are not those recorded."""
         with self._uploads.entered(self.key) as found:
             ledger = self._require_current(found)
-            error = ledger.state.on_difference(start, end, self._missing)
-            if isinstance(error, Conflict):
-                self._require_idle(ledger)
-                self._uploads.drop(ledger)
-            raise error
+            if not ledger.state.has_changed(start, end, self._missing):
+                raise Trouble(_UNDONE)
+            self._require_idle(ledger)
+            self._uploads.drop(ledger)
+            raise Conflict(_CHANGED)
 
     def _require_idle(self, ledger: _Ledger) -> None:
         """Raise Conflict when these may be the chunks of another file, which go on.
@@ -2753,7 +2732,7 @@ class Body:
         Others may ask for this; a file that is gone by then is no failure of the disk.
         """
         with self._closing:
-            if self._data and not (self._published or self._is_closed):
+            if self._data and not self._published:
                 with explained():
                     self._record(is_end=False)
 
@@ -2769,7 +2748,7 @@ class Body:
             if self._whole:
                 return self._whole.commit(self.upload)
             state = self._came_again() or self._record(is_end=True)
-            self._is_recorded = True
+            self._generation = ""  # there is nothing to give back
             body = None if self.is_whole else self
             return self._uploads.conclude(state, fields or {}, body)
 
@@ -2819,10 +2798,10 @@ class Body:
         if self._whole:
             self._whole.close()
         with self._closing, contextlib.suppress(OSError):  # the rest must be done
-            self._is_closed = True
-            if self._data:  # before it may be removed
-                self._data.close()
-        if self._generation and not self._published and not self._is_recorded:
+            data, self._data = self._data, None
+            if data:  # before it may be removed
+                data.close()
+        if self._generation and not self._published:
             with contextlib.suppress(FlowError, OSError):
                 with self._uploads.entered(self.key) as ledger:
                     self._give_back(ledger)
@@ -3040,10 +3019,7 @@ class Store:
                 if state.finished:
                     is_over = is_free and is_told and age > keep_receipts
                 else:
-                    is_begun = state.ranges.total or state.begun.is_kept
-                    seconds = min(stale_after, _LEFTOVER_SECONDS)
-                    is_stale = age > (stale_after if is_begun else seconds)
-                    is_over = is_lost or is_free and is_stale
+                    is_over = is_lost or is_free and age > stale_after
                 if is_over:
                     uploads.drop(ledger)
                     return _State()

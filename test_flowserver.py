@@ -2152,24 +2152,15 @@ class UploadRulesTest(unittest.TestCase):
 
     def test_other_bytes_mean_a_changed_file_unless_two_attempts_met(self) -> None:
         state = state_of(("range", 0, 600))
-        for missing, kind in (
-            ([], flowserver.Conflict),
-            ([(600, 900)], flowserver.Conflict),
-            ([(0, 300)], flowserver.Trouble),
-            ([(250, 310)], flowserver.Trouble),
+        for missing, has_changed in (
+            ([], True),
+            ([(600, 900)], True),
+            ([(0, 300)], False),
+            ([(250, 310)], False),
         ):
             with self.subTest(missing=missing):
-                self.assertIsInstance(state.on_difference(100, 300, missing), kind)
-        late = state_of(*FINISHED).on_difference(0, 300, [])
-        self.assertIsInstance(late, flowserver.Trouble)
-
-    def test_new_version_begins_after_the_end_unless_something_came_again(self) -> None:
-        first, again = state_of(*FINISHED), state_of(*FINISHED, ("again",))
-        first.require_new(is_whole=False)
-        for state in (first, again):
-            state.require_new(is_whole=True)
-        with self.assertRaises(flowserver.Conflict):
-            again.require_new(is_whole=False)
+                self.assertEqual(state.has_changed(100, 300, missing), has_changed)
+        self.assertFalse(state_of(*FINISHED).has_changed(0, 300, []))
 
     def test_chunks_beside_the_first_of_a_new_version_follow_it(self) -> None:
         state = state_of()  # g1, which began in place of g0
