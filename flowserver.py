@@ -1388,7 +1388,7 @@ class _Place(NamedTuple):
 class _Beginning(NamedTuple):
     """What the first line of a ledger says."""
 
-    upload: Upload
+    upload: Sequence[Any]
     generation: str  # names this version of the file on the disk
     supersedes: str = ""  # the generation that was finished under this key before
     is_kept: bool = False  # also without a byte
@@ -1400,11 +1400,9 @@ class _State:
     """One version of a file on its way, as its lines tell it."""
 
     def __init__(self, *beginning: Any) -> None:
-        begun = _Beginning(*beginning or (("", "", -1), ""))
-        upload = Upload(*begun.upload)
-        self.begun = begun._replace(upload=upload._replace(fields=dict(upload.fields)))
-        self.upload = self.begun.upload
-        self.generation = begun.generation  # "" when it is unknown
+        self.begun = _Beginning(*beginning or (("", "", -1), ""))
+        self.upload = Upload(*self.begun.upload)
+        self.generation = self.begun.generation  # "" when it is unknown
         self.ranges = Ranges()  # recorded
         self.claims: dict[str, tuple[int, int]] = {}  # by body: its process, a number
         self.intents: list[_Place] = []
@@ -1483,10 +1481,6 @@ class _State:
         is_open = self.is_unfinished and not self.is_complete
         is_here = start < end and not self.ranges.gaps(start, end)
         return is_open and is_here and not self.may_skip(start, end)
-
-    def follows(self, generation: str) -> bool:
-        """Say whether this is the new version of what was finished as `generation`."""
-        return self.begun.supersedes == generation
 
     def has_changed(
         self, start: int, end: int, missing: Iterable[Sequence[int]]
@@ -2247,13 +2241,12 @@ class _Uploads:
     ) -> None:
         """Open an upload, or a new version of a finished one."""
         boot = "" if self.disk.sync else self.disk.boot_id()
-        before = (ledger.state.generation, is_kept, boot, self.clock())
+        more = (ledger.state.generation, is_kept, boot, self.clock())
         upload = upload._replace(fields=dict(upload.fields))  # which JSON knows
-        beginning = _Beginning(upload, secrets.token_hex(8), *before)
         self.publisher.refuse_early(upload, is_whole)
         with self._mutex:
             self.require_room()
-            ledger.append(("upload", *beginning))
+            ledger.append(("upload", upload, secrets.token_hex(8), *more))
             # It is counted by its data file.
             _File(self.disk, ledger.data_path, os.O_RDWR | os.O_CREAT).close()
             self.count += 1
@@ -2281,12 +2274,12 @@ class _Uploads:
         """Forget an upload, or a receipt; needs no free space."""
         ledger.empty()
         if ledger.state.is_unfinished:
-            self._count_one_less()
-        discard(self.disk, ledger.data_path)
+            self._discard_data(ledger)
 
-    def _count_one_less(self) -> None:
+    def _discard_data(self, ledger: _Ledger) -> None:
         with self._mutex:
             self.count = max(0, self.count - 1)
+        discard(self.disk, ledger.data_path)
 
     # Ends
 
@@ -2349,8 +2342,7 @@ class _Uploads:
             place = place._replace(inode=status.st_ino, modified=status.st_mtime_ns)
         ledger.append(("finished", *place))
         ledger.flush(ledger.fd)
-        self._count_one_less()
-        discard(self.disk, ledger.data_path)
+        self._discard_data(ledger)
         if not self.announce:
             ledger.cut_down()
 
@@ -2423,13 +2415,6 @@ class _Uploads:
         """Whether on_complete has returned, as far as this process knows."""
         is_known = state.generation in self._announced  # no line could say so
         return not self.announce or state.is_announced or is_known
-
-    def note_again(self, ledger: _Ledger) -> None:
-        """Write down, once, that something came again; the receipt is kept longer."""
-        if ledger.state.came_again:
-            self.disk.touch(ledger.path)
-        else:
-            ledger.append(("again", secrets.token_hex(2)))
 
 
 # ---- bodies --------------------------------------------------------------------------
@@ -2689,20 +2674,14 @@ class Body:
             ledger = self._require_current(found)
             if not ledger.state.has_changed(start, end, self._missing):
                 raise Trouble(_UNDONE)
-            self._require_idle(ledger)
+            # Without an identifier the chunks of another file, which go on, could not
+            # be told from those of this one, once it began in that one's place.
+            data = self._disk.stat_path(ledger.data_path)
+            age = self._uploads.clock() - data.st_mtime if data else math.inf
+            if self.is_in_order and not self.upload.is_secret and age < _BUSY_SECONDS:
+                raise Conflict(_ANOTHER_FILE)
             self._uploads.drop(ledger)
             raise Conflict(_CHANGED)
-
-    def _require_idle(self, ledger: _Ledger) -> None:
-        """Raise Conflict when these may be the chunks of another file, which go on.
-
-        Without an identifier they could not be told from those of this one, once it
-        began in that one's place.
-        """
-        data = self._disk.stat_path(ledger.data_path)
-        age = self._uploads.clock() - data.st_mtime if data else math.inf
-        if self.is_in_order and not self.upload.is_secret and age < _BUSY_SECONDS:
-            raise Conflict(_ANOTHER_FILE)
 
     def _leave_published(self) -> None:
         """Go on in a new upload: this is not what the finished file has."""
@@ -2710,11 +2689,10 @@ class Body:
         assert published is not None and file is not None
         with uploads.entered(self.key) as ledger:
             state = ledger.state if ledger else _State()
-            is_first = state.generation == self._generation
-            if not ledger or not (is_first or state.follows(self._generation)):
-                raise Conflict(_CANCELLED)
-            if is_first:
+            if ledger and state.generation == self._generation:
                 uploads.supersede(ledger, self.upload, self.is_whole)
+            elif not ledger or state.begun.supersedes != self._generation:
+                raise Conflict(_CANCELLED)
             elif state.finished:
                 raise Trouble(_UNDONE)
             self._join(ledger)
@@ -2747,23 +2725,16 @@ class Body:
         with explained():
             if self._whole:
                 return self._whole.commit(self.upload)
-            state = self._came_again() or self._record(is_end=True)
+            try:
+                state = self._record(is_end=True)
+            except Conflict:
+                if not self._published:
+                    raise
+                self._leave_published()
+                state = self._record(is_end=True)
             self._generation = ""  # there is nothing to give back
             body = None if self.is_whole else self
             return self._uploads.conclude(state, fields or {}, body)
-
-    def _came_again(self) -> _State | None:
-        """Say that a finished file came again; None when it did not."""
-        published, file = self._published, self._data
-        if published is None or file is None:
-            return None
-        with self._uploads.entered(self.key, flushes=True) as ledger:
-            if ledger and ledger.state.generation == self._generation:
-                _require_intact(published, file)
-                self._uploads.note_again(ledger)
-                return ledger.state
-        self._leave_published()
-        return None
 
     def _record(self, is_end: bool) -> _State:
         """Write down that what has come so far is there, or that it came again."""
@@ -2782,7 +2753,12 @@ class Body:
                 ledger.flush_names()
                 ledger.append(*lines)
             if is_end and ledger.state.finished:
-                self._uploads.note_again(ledger)
+                if self._published and self._data:
+                    _require_intact(self._published, self._data)
+                if ledger.state.came_again:  # its receipt is kept longer
+                    self._disk.touch(ledger.path)
+                else:
+                    ledger.append(("again", secrets.token_hex(2)))
             return ledger.state
 
     def _flush(self) -> None:
@@ -3010,35 +2986,34 @@ class Store:
         self, key: str, stale_after: float, keep_receipts: float
     ) -> _State:
         """Bring one upload in order; return the state that goes on."""
-        uploads, state = self._uploads, _State()
+        uploads = self._uploads
         with uploads.entered(key) as ledger:
-            if ledger and ledger.state.generation:
-                is_free, state = not uploads.expected.bodies(key), ledger.state
-                is_told = uploads.is_told(state)
-                age, is_lost = self._look_at_files(ledger)
-                if state.finished:
-                    is_over = is_free and is_told and age > keep_receipts
-                else:
-                    is_over = is_lost or is_free and age > stale_after
-                if is_over:
-                    uploads.drop(ledger)
-                    return _State()
-                if is_free and state.is_unfinished and state.is_complete:
-                    uploads.finish(ledger, {})
+            if ledger is None or not ledger.state.generation:
+                return _State()
+            state, data = ledger.state, self.disk.stat_path(ledger.data_path)
+            files = filter(None, (self.disk.stat(ledger.fd), data))
+            age = self._clock() - max(file.st_mtime for file in files)
+            if state.finished:
+                is_over = age > keep_receipts and uploads.is_told(state)
+            else:
+                is_over = age > stale_after
+            is_free = not uploads.expected.bodies(key)
+            if is_free and is_over or self._is_lost(state, data):
+                uploads.drop(ledger)
+                return _State()
+            if is_free and state.is_unfinished and state.is_complete:
+                uploads.finish(ledger, {})
         uploads.announce_end(state, waits=False)
         return state
 
-    def _look_at_files(self, ledger: _Ledger) -> tuple[float, bool]:
-        """Return the seconds since something came, and whether bytes may be missing.
+    def _is_lost(self, state: _State, data: os.stat_result | None) -> bool:
+        """Whether recorded bytes may be missing.
 
         That is when the power was cut with sync off, or somebody has removed them.
         """
-        state, data = ledger.state, self.disk.stat_path(ledger.data_path)
-        files = filter(None, (self.disk.stat(ledger.fd), data))
-        age = self._clock() - max(file.st_mtime for file in files)
         is_short = state.ranges.end > (data.st_size if data else 0)
-        boot = state.begun.boot
-        return age, is_short or bool(boot) and boot != self.disk.boot_id()
+        is_old = state.begun.boot not in ("", self.disk.boot_id())
+        return state.is_unfinished and (is_short or is_old)
 
     def _unlink_others(self, key: str, state: _State, names: Iterable[str]) -> None:
         """Remove what a ledger does not name: it is older than what the ledger says."""

@@ -2065,7 +2065,7 @@ def changed(data: bytes, place: int) -> bytes:
 
 def state_of(*lines: Sequence[Any], secret: bool = False) -> Any:
     """Return the state of an upload of 900 bytes that these lines tell."""
-    upload = flowserver.Upload("key", "a.bin", 900, "", "id", secret)
+    upload = flowserver.Upload("key", "a.bin", 900, "", "id", secret, {})
     state = flowserver._State().after("upload", upload, "g1", "g0")
     for line in lines:
         state = state.after(*line)
@@ -2161,11 +2161,6 @@ class UploadRulesTest(unittest.TestCase):
             with self.subTest(missing=missing):
                 self.assertEqual(state.has_changed(100, 300, missing), has_changed)
         self.assertFalse(state_of(*FINISHED).has_changed(0, 300, []))
-
-    def test_chunks_beside_the_first_of_a_new_version_follow_it(self) -> None:
-        state = state_of()  # g1, which began in place of g0
-        self.assertTrue(state.follows("g0"))
-        self.assertFalse(state.follows("older") or flowserver._State().follows("g1"))
 
     def test_published_file_is_known_by_size_inode_and_time(self) -> None:
         state = state_of(*FINISHED)
