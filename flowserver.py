@@ -1782,8 +1782,7 @@ class _Ledger:
         self.path = path
         self.state = _State()
         self.fd = -1  # of whoever has the lock
-        self.names = 1  # how often some may have been made
-        self._named = 0  # how many of those are on the disk
+        self._named = self.state  # whose names are on the disk
         self._size = 0  # bytes of whole lines read
         self._last = b""  # the last line
         self._check = 0  # its checksum
@@ -1815,9 +1814,8 @@ class _Ledger:
             check = zlib.crc32(line[9:-1], self._check)
             if not line.endswith(b"\n") or line[:8] != b"%08x" % check:
                 return
-            state = self.state.after(*json.loads(line[9:]))
-            self.names += state is not self.state
-            self.state, self._last, self._check = state, line, check
+            self.state = self.state.after(*json.loads(line[9:]))
+            self._last, self._check = line, check
             self._size += len(line)
 
     def append(self, *lines: Sequence[Any]) -> None:
@@ -1846,12 +1844,10 @@ class _Ledger:
 
     def flush_names(self) -> None:
         """Return when the names of ledger and data are on the disk."""
-        if self._named < self.names:
-            with self._flushing:
-                wanted = self.names
-                if self._named < wanted:
-                    self.disk.flush_names(os.path.dirname(self.path))
-                    self._named = wanted
+        state = self.state
+        if self._named is not state:
+            self.disk.flush_names(os.path.dirname(self.path))
+            self._named = state
 
     def empty(self) -> None:
         """Drop the upload: whoever waits for the lock will see that it is over."""
@@ -1978,11 +1974,7 @@ class _Publisher:
 
         A whole file of the size of the one that has its name may be the same again.
         """
-        words = upload.path.split("/")
-        for count in range(1, len(words)):
-            status = self.disk.stat_path(self.path("/".join(words[:count])))
-            if status and not stat.S_ISDIR(status.st_mode):
-                raise _no_folder(words[count - 1])
+        self._folder(upload.path.rpartition("/")[0], makes=False)
         if self.policy == "refuse":
             status = self.disk.stat_path(self.path(upload.path))
             if status and not (is_whole and status.st_size == upload.size):
@@ -1997,7 +1989,7 @@ class _Publisher:
         bytes is as good as ours: no second copy.
         """
         parent, slash, name = wanted.rpartition("/")
-        folder, candidate, number = self._make_folder(parent), name, 0
+        folder, candidate, number = self._folder(parent), name, 0
         while True:
             path, target = parent + slash + candidate, os.path.join(folder, candidate)
             intend(path)
@@ -2011,16 +2003,18 @@ class _Publisher:
             number = number + 1 if number else max(1, self._last_number(folder, name))
             candidate = numbered(name, number)
 
-    def _make_folder(self, relative: str) -> str:
+    def _folder(self, relative: str, makes: bool = True) -> str:
         """Return the absolute path of a folder, made where it is missing."""
         parent = self.upload_dir
         for word in filter(None, relative.split("/")):
             folder = os.path.join(parent, word)
-            is_new = self.disk.make_folder(folder)
+            is_new = makes and self.disk.make_folder(folder)
             status = self.disk.stat_path(folder)
-            if status is None or not stat.S_ISDIR(status.st_mode):
+            if not status and not makes:
+                break
+            if not status or not stat.S_ISDIR(status.st_mode):
                 raise _no_folder(word)
-            if is_new or folder not in self._flushed:
+            if makes and (is_new or folder not in self._flushed):
                 self.disk.flush_names(parent)
                 if len(self._flushed) > 10000:
                     self._flushed.clear()
@@ -2244,11 +2238,13 @@ class _Uploads:
         more = (ledger.state.generation, is_kept, boot, self.clock())
         upload = upload._replace(fields=dict(upload.fields))  # which JSON knows
         self.publisher.refuse_early(upload, is_whole)
+        generation = secrets.token_hex(8)
         with self._mutex:
             self.require_room()
-            ledger.append(("upload", upload, secrets.token_hex(8), *more))
             # It is counted by its data file.
-            _File(self.disk, ledger.data_path, os.O_RDWR | os.O_CREAT).close()
+            path = ledger.path.replace(".ledger", f"-{generation}.data")
+            _File(self.disk, path, os.O_RDWR | os.O_CREAT).close()
+            ledger.append(("upload", upload, generation, *more))
             self.count += 1
 
     def recount(self) -> None:
@@ -2467,7 +2463,7 @@ class Whole:
             uploads.disk.flush(self._part.fd)
             if not uploads.announce:
                 return uploads.name_at_once(self._part, upload)
-            with uploads.entered(upload.key, create=True, flushes=True) as ledger:
+            with uploads.entered(upload.key, create=True) as ledger:
                 assert ledger is not None and not ledger.state.generation
                 uploads.begin(ledger, upload, is_whole=True)
                 state = ledger.state
@@ -2572,13 +2568,12 @@ class Body:
         if self.is_in_order and ledger.state.ranges.gaps(0, self.start):
             raise Conflict(_NO_BEGINNING)
         if self.is_kept:  # a hanging request gives way
-            self._end_others(ledger, None, 0)
+            self._end_others(ledger, memoryview(b""), 0)
         is_new = not ledger.state.ranges.total  # it has no bytes that could be lost
         size = sum(high - low for low, high in self._missing)
         self._uploads.require_space(is_new * self.upload.size, size, self.left)
-        flags = os.O_RDWR | (os.O_CREAT if is_new else 0)
-        self._data = _File(self._disk, ledger.data_path, flags)
-        with self._opened():  # made, before somebody waits for its bytes
+        self._data = _File(self._disk, ledger.data_path)
+        with self._opened():
             if self._missing:
                 ledger.append(("claim", self.name, self.start, self.end))
 
@@ -2640,20 +2635,14 @@ class Body:
                 self._refuse(low, high)
         self.position = end
 
-    def _end_others(
-        self, ledger: _Ledger, block: memoryview | None, start: int
-    ) -> None:
-        """End the claims of bodies of this process that wrote other bytes here.
-
-        Without a `block` those of all others.
-        """
+    def _end_others(self, ledger: _Ledger, block: memoryview, start: int) -> None:
+        """End the claims of bodies of this process that wrote other bytes here."""
         for other in self._uploads.expected.bodies(self.key):
-            if other is self or (
-                block is not None and not self._differs(other, block, start)
-            ):
+            if other is self:
                 continue
-            ledger.append(("claim", other.name, 0, 0))
-            self._uploads.expected.end(other)
+            if self.is_kept or self._differs(other, block, start):
+                ledger.append(("claim", other.name, 0, 0))
+                self._uploads.expected.end(other)
 
     def _differs(self, other: Body, block: memoryview, start: int) -> bool:
         low, high = max(start, other.start), min(start + len(block), other.position)
@@ -2740,7 +2729,12 @@ class Body:
         """Write down that what has come so far is there, or that it came again."""
         reached = self.position  # others may ask for this while the body goes on
         if self._missing:
-            self._flush()
+            try:
+                with self._opened() as fd:
+                    self._disk.flush(fd)
+            except OSError:
+                self._uploads.failures += 1
+                raise
         with self._uploads.entered(self.key, flushes=True) as found:
             ledger = self._require_current(found)
             if self._missing and self._failures != self._uploads.failures:
@@ -2760,14 +2754,6 @@ class Body:
                 else:
                     ledger.append(("again", secrets.token_hex(2)))
             return ledger.state
-
-    def _flush(self) -> None:
-        try:
-            with self._opened() as fd:
-                self._disk.flush(fd)
-        except OSError:
-            self._uploads.failures += 1
-            raise
 
     def close(self) -> None:
         """Let go; of what was not recorded nothing counts."""
@@ -2971,7 +2957,7 @@ class Store:
         uploads: dict[str, list[str]] = {}
         for name in names:
             if name.endswith(".part"):
-                self._unlink_old(name, _LEFTOVER_SECONDS)
+                self._unlink_old(name)
             elif name.endswith((".ledger", ".data", ".call")):
                 uploads.setdefault(re.split("[-.]", name)[0], []).append(name)
         for key, files in uploads.items():
@@ -3011,7 +2997,7 @@ class Store:
 
         That is when the power was cut with sync off, or somebody has removed them.
         """
-        is_short = state.ranges.end > (data.st_size if data else 0)
+        is_short = data is None or data.st_size < state.ranges.end
         is_old = state.begun.boot not in ("", self.disk.boot_id())
         return state.is_unfinished and (is_short or is_old)
 
@@ -3021,15 +3007,15 @@ class Store:
         for name in names:
             if name.endswith(".ledger"):
                 if not state.generation:  # emptied, which is all that Windows can do
-                    self._unlink_old(name, 60)
+                    self._unlink_old(name)
             elif name != kept:
                 discard(self.disk, os.path.join(self.state_dir, name))
 
-    def _unlink_old(self, name: str, seconds: float) -> None:
-        """Remove a file of ours that nobody has written to for so long."""
+    def _unlink_old(self, name: str) -> None:
+        """Remove a file of ours that nobody has written to for long."""
         path = os.path.join(self.state_dir, name)
         status = self.disk.stat_path(path)
-        if status and self._clock() - status.st_mtime > seconds:
+        if status and self._clock() - status.st_mtime > _LEFTOVER_SECONDS:
             discard(self.disk, path)
 
     # Folders
@@ -3068,7 +3054,7 @@ class Store:
             self.disk.publish(part.path, part.path + ".part")
             self.disk.unlink(part.path + ".part")
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if errno.errorcode.get(error.errno or 0) not in _NO_LINKS:
                 raise
             self.disk.links = False
             self._warn(
@@ -3079,13 +3065,7 @@ class Store:
             part.remove()
 
 
-_NO_LINKS = (
-    errno.EPERM,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    getattr(errno, "ENOTSUP", errno.EOPNOTSUPP),
-    errno.EMLINK,
-)
+_NO_LINKS = ("EPERM", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EMLINK")
 
 
 def _followed(path: str) -> str:
