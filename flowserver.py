@@ -1409,6 +1409,8 @@ class _State:
         self.finished: _Place | None = None
         self.is_announced = False
         self.came_again = False
+        # Start, end, and how long they are waited for; True: the first.  Not in lines.
+        self.samples: dict[bool, tuple[int, int, float]] = {}
 
     def after(self, kind: str, *values: Any) -> _State:
         """Return the state after one more line: this one, or that of a new upload."""
@@ -1481,6 +1483,18 @@ class _State:
         is_open = self.is_unfinished and not self.is_complete
         is_here = start < end and not self.ranges.gaps(start, end)
         return is_open and is_here and not self.may_skip(start, end)
+
+    def ask(self, start: int, end: int, until: float) -> None:
+        """A test was told to send these recorded bytes again, as a sample."""
+        self.samples = {**self.samples, start < 1: (start, end, until)}
+
+    def take_samples(self, start: int, end: int) -> None:
+        """These bytes are under way, and with them the samples of their range."""
+        self.samples = {
+            which: one
+            for which, one in self.samples.items()
+            if one[1] <= start or end <= one[0]
+        }
 
     def has_changed(
         self, start: int, end: int, missing: Iterable[Sequence[int]]
@@ -1898,8 +1912,8 @@ class _Ledgers:
         What is appended is on the disk afterwards if it `flushes`.
         """
         path = os.path.join(self.folder, key + ".ledger")
-        flags, is_here = os.O_RDWR | (os.O_CREAT if create else 0), False
-        while not is_here:
+        flags = os.O_RDWR | (os.O_CREAT if create else 0)
+        while True:
             try:
                 fd = self.disk.open(path, flags)
             except FileNotFoundError:
@@ -1907,18 +1921,19 @@ class _Ledgers:
                 return
             try:
                 with self._turns[hash(key) % len(self._turns)], locked(self.disk, fd):
-                    is_here = self.disk.stat(fd).st_nlink > 0  # not removed meanwhile
-                    if is_here:
-                        ledger = self._read(path, fd)
-                        try:
-                            if mends:
-                                self._mend(ledger)
-                            yield ledger
-                        finally:
-                            if not ledger.state.generation:  # it was made for nothing
-                                ledger.empty()
-                if is_here and flushes:
+                    if not self.disk.stat(fd).st_nlink:  # removed meanwhile
+                        continue
+                    ledger = self._read(path, fd)
+                    try:
+                        if mends:
+                            self._mend(ledger)
+                        yield ledger
+                    finally:
+                        if not ledger.state.generation:  # it was made for nothing
+                            ledger.empty()
+                if flushes:
                     ledger.flush(fd)
+                return
             finally:
                 self.disk.close(fd)
 
@@ -2103,43 +2118,17 @@ _WAIT_SECONDS = 10.0  # for what may still differ, before a file gets its name
 _BUSY_SECONDS = 60.0  # between the chunks of a client that sends one after the other
 
 
-class _Sample(NamedTuple):
-    """Recorded bytes that a test was told to send again, and may until then."""
-
-    key: str
-    start: int
-    end: int
-    until: float
-
-
 class _Expected:
     """What may still show that a file was changed: bodies, and samples asked for."""
 
     def __init__(self) -> None:
         self._change = threading.Condition()
         self._bodies: list[Any] = []  # under way; replaced, never changed
-        self._samples: list[_Sample] = []
-
-    def ask(self, key: str, start: int, end: int) -> None:
-        """A test was told to send these recorded bytes again, as a sample."""
-        with self._change:
-            now, which = time.monotonic(), (key, start < 1)
-            self._samples = [
-                one
-                for one in self._samples
-                if now < one.until and (one.key, one.start < 1) != which
-            ] + [_Sample(key, start, end, now + _WAIT_SECONDS)]
 
     def begin(self, body: Body | Whole) -> None:
-        """A body is under way, and with it the samples of its range."""
-        key, start, end = body.key, body.start, body.end
+        """A body is under way."""
         with self._change:
             self._bodies = [*self._bodies, body]
-            self._samples = [
-                one
-                for one in self._samples
-                if one.key != key or one.end <= start or end <= one.start
-            ]
 
     def end(self, body: Body | Whole) -> None:
         """Nothing of a body can differ any more."""
@@ -2155,13 +2144,13 @@ class _Expected:
         """Return how many bytes may still come, of all uploads."""
         return sum(one.left for one in self._bodies)
 
-    def wait(self, key: str) -> None:
+    def wait(self, state: _State) -> None:
         """Return when nothing is expected any more, or after a while."""
         last = time.monotonic() + _WAIT_SECONDS
         with self._change:
             while True:
-                ends = [one.until for one in self._samples if one.key == key]
-                ends += [last] * bool(self.bodies(key))
+                ends = [until for _, _, until in state.samples.values()]
+                ends += [last] * bool(self.bodies(state.upload.key))
                 left = min(max(ends, default=0.0), last) - time.monotonic()
                 if left <= 0:
                     return
@@ -2233,7 +2222,16 @@ class _Uploads:
     def begin(
         self, ledger: _Ledger, upload: Upload, is_whole: bool, is_kept: bool = False
     ) -> None:
-        """Open an upload, or a new version of a finished one."""
+        """Open an upload, or a new version of a finished one.
+
+        The second is refused once, and the receipt dropped, after something had come
+        again: nobody can tell which version that belongs to.
+        """
+        if ledger.state.finished and not self.is_told(ledger.state):
+            raise Trouble("The finished file is still being handed on; try again.")
+        if ledger.state.came_again and not is_whole:
+            self.drop(ledger)
+            raise Conflict(_CHANGED)
         boot = "" if self.disk.sync else self.disk.boot_id()
         more = (ledger.state.generation, is_kept, boot, self.clock())
         upload = upload._replace(fields=dict(upload.fields))  # which JSON knows
@@ -2252,19 +2250,6 @@ class _Uploads:
         with self._mutex:
             names = self.disk.list(self.folder)
             self.count = sum(name.endswith(".data") for name in names)
-
-    def supersede(self, ledger: _Ledger, upload: Upload, is_whole: bool) -> None:
-        """Begin a new version of a finished upload.
-
-        Refuse that once, and drop the receipt, after something had come again: nobody
-        can tell which version that belongs to.
-        """
-        if not self.is_told(ledger.state):
-            raise Trouble("The finished file is still being handed on; try again.")
-        if ledger.state.came_again and not is_whole:
-            self.drop(ledger)
-            raise Conflict(_CHANGED)
-        self.begin(ledger, upload, is_whole)
 
     def drop(self, ledger: _Ledger) -> None:
         """Forget an upload, or a receipt; needs no free space."""
@@ -2290,7 +2275,7 @@ class _Uploads:
         if state.is_complete and not state.finished:
             if body:
                 self.expected.end(body)
-                self.expected.wait(key)
+                self.expected.wait(state)
             with self.entered(key) as ledger:
                 if ledger is None or ledger.state.generation != state.generation:
                     raise Conflict(_CANCELLED)
@@ -2427,9 +2412,10 @@ class Whole:
     write() in order, commit() once, close().
     """
 
-    key, start, end = "", 0, 0  # of no upload yet
+    key = ""  # of no upload yet
 
     def __init__(self, uploads: _Uploads, at_most: int) -> None:
+        uploads.require_room()
         self.size = 0  # bytes so far
         self.left = at_most
         self._uploads = uploads
@@ -2537,27 +2523,21 @@ class Body:
         with uploads.entered(self.key, create=not is_aside) as ledger:
             if ledger is None or is_aside and not ledger.state.generation:
                 uploads.publisher.refuse_early(self.upload, is_whole=True)
-                uploads.require_room()
                 self._whole = Whole(uploads, self.upload.size)
                 return
-            if ledger.state.upload.size not in (-1, self.upload.size):
+            state = ledger.state
+            if state.upload.size not in (-1, self.upload.size):
                 raise Conflict(_OTHER_SIZE)
             uploads.expected.begin(self)
-            if ledger.state.finished:
-                self._begin_after_end(ledger, ledger.state.finished)
-            else:
-                if not ledger.state.generation:
-                    uploads.begin(ledger, self.upload, self.is_whole)
-                self._join(ledger)
-
-    def _begin_after_end(self, ledger: _Ledger, place: _Place) -> None:
-        """Compare with the finished file if it is still there, else begin anew."""
-        path = self._uploads.publisher.path(place.path)
-        if ledger.state.is_intact(self._disk.stat_path(path)):
-            self._data = _File(self._disk, path, os.O_RDONLY)
-            self._published, self._generation = ledger.state, ledger.state.generation
-        else:
-            self._uploads.supersede(ledger, self.upload, self.is_whole)
+            state.take_samples(self.start, self.end)
+            if state.finished:
+                path = uploads.publisher.path(state.finished.path)
+                if state.is_intact(self._disk.stat_path(path)):
+                    self._data = _File(self._disk, path, os.O_RDONLY)
+                    self._published, self._generation = state, state.generation
+                    return
+            if not state.is_unfinished:
+                uploads.begin(ledger, self.upload, self.is_whole)
             self._join(ledger)
 
     def _join(self, ledger: _Ledger) -> None:
@@ -2679,7 +2659,7 @@ class Body:
         with uploads.entered(self.key) as ledger:
             state = ledger.state if ledger else _State()
             if ledger and state.generation == self._generation:
-                uploads.supersede(ledger, self.upload, self.is_whole)
+                uploads.begin(ledger, self.upload, self.is_whole)
             elif not ledger or state.begun.supersedes != self._generation:
                 raise Conflict(_CANCELLED)
             elif state.finished:
@@ -2876,7 +2856,6 @@ class Store:
     def receive_whole(self, at_most: int) -> Whole:
         """Begin to take a file that comes in one piece, of `at_most` so many bytes."""
         with explained():
-            self._uploads.require_room()
             return Whole(self._uploads, at_most)
 
     def open(self, upload: Upload) -> Progress:
@@ -2896,7 +2875,7 @@ class Store:
         """Return whether [start, end) need not be sent; changes nothing on the disk."""
         with explained(), self._look(upload.key) as state:
             if state.is_sample(start, end):
-                self._uploads.expected.ask(upload.key, start, end)
+                state.ask(start, end, time.monotonic() + _WAIT_SECONDS)
             return state.may_skip(start, end)
 
     def status(self, key: str) -> Status | None:
@@ -2904,7 +2883,10 @@ class Store:
 
         What bodies under way have brought is recorded first, where they are kept.
         """
-        self._record_kept(key)
+        for body in self._uploads.expected.bodies(key):
+            if body.is_kept and self.disk.unlinks_open:
+                with contextlib.suppress(FlowError):  # it is over, or told itself
+                    body.checkpoint()
         with explained(), self._look(key) as state:
             if not state.generation:
                 return None
@@ -2915,13 +2897,6 @@ class Store:
             told = state.ranges.within(*state.told)
             is_finished = place is not None
             return Status(state.upload, list(state.ranges), told, is_finished, done)
-
-    def _record_kept(self, key: str) -> None:
-        """Let HEAD see what a hanging request has brought (tus)."""
-        for body in self._uploads.expected.bodies(key):
-            if body.is_kept and self.disk.unlinks_open:
-                with contextlib.suppress(FlowError):  # it is over, or told itself
-                    body.checkpoint()
 
     def forget(self, key: str) -> bool:
         """Drop an unfinished upload; a finished file is never touched."""
