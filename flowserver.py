@@ -1409,8 +1409,6 @@ class _State:
         self.finished: _Place | None = None
         self.is_announced = False
         self.came_again = False
-        # Start, end, and how long they are waited for; True: the first.  Not in lines.
-        self.samples: dict[bool, tuple[int, int, float]] = {}
 
     def after(self, kind: str, *values: Any) -> _State:
         """Return the state after one more line: this one, or that of a new upload."""
@@ -1483,18 +1481,6 @@ class _State:
         is_open = self.is_unfinished and not self.is_complete
         is_here = start < end and not self.ranges.gaps(start, end)
         return is_open and is_here and not self.may_skip(start, end)
-
-    def ask(self, start: int, end: int, until: float) -> None:
-        """A test was told to send these recorded bytes again, as a sample."""
-        self.samples = {**self.samples, start < 1: (start, end, until)}
-
-    def take_samples(self, start: int, end: int) -> None:
-        """These bytes are under way, and with them the samples of their range."""
-        self.samples = {
-            which: one
-            for which, one in self.samples.items()
-            if one[1] <= start or end <= one[0]
-        }
 
     def has_changed(
         self, start: int, end: int, missing: Iterable[Sequence[int]]
@@ -2118,17 +2104,41 @@ _WAIT_SECONDS = 10.0  # for what may still differ, before a file gets its name
 _BUSY_SECONDS = 60.0  # between the chunks of a client that sends one after the other
 
 
+class _Sample(NamedTuple):
+    """Recorded bytes that a test was told to send again, and may until then."""
+
+    key: str
+    is_first: bool
+    start: int
+    end: int
+    until: float
+
+
 class _Expected:
     """What may still show that a file was changed: bodies, and samples asked for."""
 
     def __init__(self) -> None:
         self._change = threading.Condition()
         self._bodies: list[Any] = []  # under way; replaced, never changed
+        self._samples: list[_Sample] = []
+
+    def ask(self, key: str, start: int, end: int) -> None:
+        """A test was told to send these recorded bytes again, as a sample."""
+        now, which = time.monotonic(), (key, start < 1)
+        with self._change:
+            rest = [o for o in self._samples if now < o.until and o[:2] != which]
+            self._samples = [*rest, _Sample(*which, start, end, now + _WAIT_SECONDS)]
 
     def begin(self, body: Body | Whole) -> None:
-        """A body is under way."""
+        """A body is under way, and with it the samples of its range."""
+        key, start, end = body.key, body.start, body.end
         with self._change:
             self._bodies = [*self._bodies, body]
+            self._samples = [
+                one
+                for one in self._samples
+                if one.key != key or one.end <= start or end <= one.start
+            ]
 
     def end(self, body: Body | Whole) -> None:
         """Nothing of a body can differ any more."""
@@ -2144,13 +2154,13 @@ class _Expected:
         """Return how many bytes may still come, of all uploads."""
         return sum(one.left for one in self._bodies)
 
-    def wait(self, state: _State) -> None:
+    def wait(self, key: str) -> None:
         """Return when nothing is expected any more, or after a while."""
         last = time.monotonic() + _WAIT_SECONDS
         with self._change:
             while True:
-                ends = [until for _, _, until in state.samples.values()]
-                ends += [last] * bool(self.bodies(state.upload.key))
+                ends = [one.until for one in self._samples if one.key == key]
+                ends += [last] * bool(self.bodies(key))
                 left = min(max(ends, default=0.0), last) - time.monotonic()
                 if left <= 0:
                     return
@@ -2182,7 +2192,7 @@ class _Uploads:
         self.count = 0  # of unfinished uploads, in all processes, as far as is known
         self.failures = 0  # of flushes: what was written until then may be lost
         self._announced: set[str] = set()  # generations of which no line could say so
-        self._mutex = threading.Lock()
+        self.mutex = threading.Lock()
 
     @property
     def process(self) -> str:
@@ -2237,19 +2247,13 @@ class _Uploads:
         upload = upload._replace(fields=dict(upload.fields))  # which JSON knows
         self.publisher.refuse_early(upload, is_whole)
         generation = secrets.token_hex(8)
-        with self._mutex:
+        with self.mutex:
             self.require_room()
             # It is counted by its data file.
             path = ledger.path.replace(".ledger", f"-{generation}.data")
             _File(self.disk, path, os.O_RDWR | os.O_CREAT).close()
             ledger.append(("upload", upload, generation, *more))
             self.count += 1
-
-    def recount(self) -> None:
-        """Count the unfinished uploads of all processes; none of ours begins now."""
-        with self._mutex:
-            names = self.disk.list(self.folder)
-            self.count = sum(name.endswith(".data") for name in names)
 
     def drop(self, ledger: _Ledger) -> None:
         """Forget an upload, or a receipt; needs no free space."""
@@ -2258,7 +2262,7 @@ class _Uploads:
             self._discard_data(ledger)
 
     def _discard_data(self, ledger: _Ledger) -> None:
-        with self._mutex:
+        with self.mutex:
             self.count = max(0, self.count - 1)
         discard(self.disk, ledger.data_path)
 
@@ -2275,7 +2279,7 @@ class _Uploads:
         if state.is_complete and not state.finished:
             if body:
                 self.expected.end(body)
-                self.expected.wait(state)
+                self.expected.wait(key)
             with self.entered(key) as ledger:
                 if ledger is None or ledger.state.generation != state.generation:
                     raise Conflict(_CANCELLED)
@@ -2283,9 +2287,8 @@ class _Uploads:
                 if is_new:
                     self.finish(ledger, fields)
         is_new = self.announce_end(state, waits=is_new) or is_new
-        sizes = (state.ranges.total, state.upload.size)
-        done = self.done(state) if state.finished else None
-        return Progress(*sizes, done, is_new, state.begun.time)
+        done, began = self.done(state) if state.finished else None, state.begun.time
+        return Progress(state.ranges.total, state.upload.size, done, is_new, began)
 
     def name_at_once(self, part: _Part, upload: Upload) -> Progress:
         """Finish a file that came in one piece: a link, and no ledger."""
@@ -2412,7 +2415,7 @@ class Whole:
     write() in order, commit() once, close().
     """
 
-    key = ""  # of no upload yet
+    key, start, end = "", 0, 0  # of no upload yet
 
     def __init__(self, uploads: _Uploads, at_most: int) -> None:
         uploads.require_room()
@@ -2529,7 +2532,6 @@ class Body:
             if state.upload.size not in (-1, self.upload.size):
                 raise Conflict(_OTHER_SIZE)
             uploads.expected.begin(self)
-            state.take_samples(self.start, self.end)
             if state.finished:
                 path = uploads.publisher.path(state.finished.path)
                 if state.is_intact(self._disk.stat_path(path)):
@@ -2875,7 +2877,7 @@ class Store:
         """Return whether [start, end) need not be sent; changes nothing on the disk."""
         with explained(), self._look(upload.key) as state:
             if state.is_sample(start, end):
-                state.ask(start, end, time.monotonic() + _WAIT_SECONDS)
+                self._uploads.expected.ask(upload.key, start, end)
             return state.may_skip(start, end)
 
     def status(self, key: str) -> Status | None:
@@ -2919,8 +2921,9 @@ class Store:
 
     def count(self) -> None:
         """Count the unfinished uploads of all processes anew."""
-        with explained():
-            self._uploads.recount()
+        with explained(), self._uploads.mutex:  # none of ours begins now
+            names = self.disk.list(self.state_dir)
+            self._uploads.count = sum(name.endswith(".data") for name in names)
 
     def sweep(self, stale_after: float, keep_receipts: float) -> None:
         """Finish what a crash left, remove what nobody wants; times in seconds.
