@@ -3410,12 +3410,11 @@ class FlushTest(unittest.TestCase):
         self.put(0, 300)
         with self.store.receive(self.upload, 300, 600) as body:
             body.write(self.data[300:600])
-            with mock.patch.object(body, "_flush"):
-                self.disk.failures = 1
-                write = mock.patch.object(self.disk, "write", wraps=self.disk.write)
-                with write as written:
-                    with self.assertRaises(flowserver.Trouble):
-                        body.commit()
+            failing = [None, OSError(errno.EIO, "I/O error")]  # not that of the data
+            flush = mock.patch.object(self.disk, "flush", side_effect=failing)
+            write = mock.patch.object(self.disk, "write", wraps=self.disk.write)
+            with flush, write as written, self.assertRaises(flowserver.Trouble):
+                body.commit()
         names = os.listdir(self.store.state_dir)
         (name,) = [name for name in names if name.endswith(".ledger")]
         with open(os.path.join(self.store.state_dir, name), "rb") as file:
