@@ -1739,9 +1739,9 @@ def discard(disk: Disk, path: str) -> None:
 # ---- ledgers -------------------------------------------------------------------------
 # Law: what is known of an upload is in its ledger, and changes only under the lock of
 # that file, which holds between threads and processes; what is remembered here is only
-# what was read there.  Bytes are flushed before the line that says that they are there,
-# and names before lines.  A line counts when it is whole and its checksum, which goes
-# on from that of the line before, is right.
+# what was read there.  Bytes are flushed before the line that says that they are there.
+# A line counts when it is whole and its checksum, which goes on from that of the line
+# before, is right.  An upload whose data file is missing is nothing.
 #
 # The state folder holds <key>.ledger, an append-only text; <key>-<generation>.data, the
 # bytes of an unfinished upload, each at its place; and private files, <random>.part.
@@ -1829,7 +1829,10 @@ class _Ledger:
         self._take(text)
 
     def flush(self, fd: int) -> None:
-        """Return when lines and names are on the disk; threads share a flush."""
+        """Return when lines are on the disk, and the names of ledger and data.
+
+        Threads share a flush.
+        """
         wanted = self._size
         with self._flushing:
             if self._flushed < wanted:
@@ -1840,10 +1843,6 @@ class _Ledger:
                     self.disk.write(fd, self.disk.read(fd, reached, 0), 0)
                     raise
                 self._flushed = reached
-        self.flush_names()
-
-    def flush_names(self) -> None:
-        """Return when the names of ledger and data are on the disk."""
         state = self.state
         if self._named is not state:
             self.disk.flush_names(os.path.dirname(self.path))
@@ -2726,7 +2725,6 @@ class Body:
             if is_end and self._missing:
                 lines.append(("claim", self.name, 0, 0))
             if lines:
-                ledger.flush_names()
                 ledger.append(*lines)
             if is_end and ledger.state.finished:
                 if self._published and self._data:
