@@ -1814,19 +1814,25 @@ class _Ledger:
             check = zlib.crc32(line[9:-1], self._check)
             if not line.endswith(b"\n") or line[:8] != b"%08x" % check:
                 return
-            self.state = self.state.after(*json.loads(line[9:]))
-            self._last, self._check = line, check
-            self._size += len(line)
+            self._go_on(line, check, json.loads(line[9:]))
+
+    def _go_on(self, line: bytes, check: int, values: Sequence[Any]) -> None:
+        self.state = self.state.after(*values)
+        self._last, self._check = line, check
+        self._size += len(line)
 
     def append(self, *lines: Sequence[Any]) -> None:
         """Write lines, over what does not count, and take them as read."""
-        text, check = b"", self._check
+        text, check, taken = b"", self._check, []
         for values in lines:
             line = _compact_json(values).encode()
             check = zlib.crc32(line, check)
-            text += b"%08x %s\n" % (check, line)
+            line = b"%08x %s\n" % (check, line)
+            taken.append((line, check, values))
+            text += line
         self.disk.write(self.fd, text, self._size)
-        self._take(text)
+        for one in taken:
+            self._go_on(*one)
 
     def flush(self, fd: int) -> None:
         """Return when lines are on the disk, and the names of ledger and data.
