@@ -1270,10 +1270,11 @@ def quoted(text: str) -> str:
 # |------------------------|---------------|--------------------------------|----------|
 # | unknown                | send it       | opens it                       | -        |
 # | unfinished             | may_skip(),   | what is missing is stored, the | drops it |
-# |                        | is_sample()   | rest compared: on_difference() |          |
+# |                        | is_sample()   | rest compared: has_changed()   |          |
 # | complete, not named    | send it       | the same, and finishes it      | drops it |
-# | finished               | send it       | compared: require_new()        | -        |
-# | finished, file changed | send it       | opens a new one: require_new() | -        |
+# | finished               | send it       | compared; other bytes open a   | -        |
+# |                        |               | new one unless it came_again   |          |
+# | finished, file changed | send it       | opens a new one, likewise      | -        |
 # | finished, no receipt   | send it       | opens it: it is unknown        | -        |
 
 
@@ -1387,7 +1388,7 @@ class _Place(NamedTuple):
 class _Beginning(NamedTuple):
     """What the first line of a ledger says."""
 
-    upload: Upload
+    upload: Sequence[Any]
     generation: str  # names this version of the file on the disk
     supersedes: str = ""  # the generation that was finished under this key before
     is_kept: bool = False  # also without a byte
@@ -1399,11 +1400,9 @@ class _State:
     """One version of a file on its way, as its lines tell it."""
 
     def __init__(self, *beginning: Any) -> None:
-        begun = _Beginning(*beginning or (("", "", -1), ""))
-        upload = Upload(*begun.upload)
-        self.begun = begun._replace(upload=upload._replace(fields=dict(upload.fields)))
-        self.upload = self.begun.upload
-        self.generation = begun.generation  # "" when it is unknown
+        self.begun = _Beginning(*beginning or (("", "", -1), ""))
+        self.upload = Upload(*self.begun.upload)
+        self.generation = self.begun.generation  # "" when it is unknown
         self.ranges = Ranges()  # recorded
         self.claims: dict[str, tuple[int, int]] = {}  # by body: its process, a number
         self.intents: list[_Place] = []
@@ -1483,30 +1482,15 @@ class _State:
         is_here = start < end and not self.ranges.gaps(start, end)
         return is_open and is_here and not self.may_skip(start, end)
 
-    def follows(self, generation: str) -> bool:
-        """Say whether this is the new version of what was finished as `generation`."""
-        return self.begun.supersedes == generation
+    def has_changed(
+        self, start: int, end: int, missing: Iterable[Sequence[int]]
+    ) -> bool:
+        """Say whether other bytes at [start, end) mean that the file has changed.
 
-    def on_difference(
-        self, start: int, end: int, missing: Iterable[tuple[int, int]]
-    ) -> FlowError:
-        """Return what to tell of bytes [start, end) that are not those recorded.
-
-        A Conflict means as well that the upload is dropped: the next try begins afresh.
         What was `missing` when the body began came from two attempts at one time: which
         one is right shows when it is sent again, and compared.
         """
-        is_late = any(low < end and start < high for low, high in missing)
-        return Trouble(_UNDONE) if is_late or self.finished else Conflict(_CHANGED)
-
-    def require_new(self, is_whole: bool) -> None:
-        """Let a new upload begin with a chunk that this finished one has not.
-
-        After something had come again, nobody can tell what of that belongs to which
-        version: raises Conflict, which means as well that the receipt is dropped.
-        """
-        if self.came_again and not is_whole:
-            raise Conflict(_CHANGED)
+        return not (self.finished or Ranges(missing).within(start, end))
 
 
 _LINES: Mapping[str, Callable[..., None]] = {
@@ -1568,15 +1552,14 @@ class Disk:
 
     def read(self, fd: int, size: int, offset: int) -> bytes:
         """Return `size` bytes from `offset`; fewer only at the file's end."""
-        blocks = []
-        while size > 0:
-            block = self.read_once(fd, min(size, 1 << 24), offset)
+        found = b""
+        while len(found) < size:
+            wanted = min(size - len(found), 1 << 24)
+            block = self.read_once(fd, wanted, offset + len(found))
             if not block:
                 break
-            blocks.append(block)
-            size -= len(block)
-            offset += len(block)
-        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+            found += block
+        return found
 
     def read_once(self, fd: int, size: int, offset: int) -> bytes:
         """Return what one call reads from `offset`: at most `size` bytes."""
@@ -1756,9 +1739,9 @@ def discard(disk: Disk, path: str) -> None:
 # ---- ledgers -------------------------------------------------------------------------
 # Law: what is known of an upload is in its ledger, and changes only under the lock of
 # that file, which holds between threads and processes; what is remembered here is only
-# what was read there.  Bytes are flushed before the line that says that they are there,
-# and names before lines.  A line counts when it is whole and its checksum, which goes
-# on from that of the line before, is right.
+# what was read there.  Bytes are flushed before the line that says that they are there.
+# A line counts when it is whole and its checksum, which goes on from that of the line
+# before, is right.  An upload whose data file is missing is nothing.
 #
 # The state folder holds <key>.ledger, an append-only text; <key>-<generation>.data, the
 # bytes of an unfinished upload, each at its place; and private files, <random>.part.
@@ -1799,8 +1782,7 @@ class _Ledger:
         self.path = path
         self.state = _State()
         self.fd = -1  # of whoever has the lock
-        self.names = 1  # how often some may have been made
-        self._named = 0  # how many of those are on the disk
+        self._named = self.state  # whose names are on the disk
         self._size = 0  # bytes of whole lines read
         self._last = b""  # the last line
         self._check = 0  # its checksum
@@ -1835,9 +1817,8 @@ class _Ledger:
             self._go_on(line, check, json.loads(line[9:]))
 
     def _go_on(self, line: bytes, check: int, values: Sequence[Any]) -> None:
-        state = self.state.after(*values)
-        self.names += state is not self.state
-        self.state, self._last, self._check = state, line, check
+        self.state = self.state.after(*values)
+        self._last, self._check = line, check
         self._size += len(line)
 
     def append(self, *lines: Sequence[Any]) -> None:
@@ -1854,7 +1835,10 @@ class _Ledger:
             self._go_on(*one)
 
     def flush(self, fd: int) -> None:
-        """Return when lines and names are on the disk; threads share a flush."""
+        """Return when lines are on the disk, and the names of ledger and data.
+
+        Threads share a flush.
+        """
         wanted = self._size
         with self._flushing:
             if self._flushed < wanted:
@@ -1865,16 +1849,10 @@ class _Ledger:
                     self.disk.write(fd, self.disk.read(fd, reached, 0), 0)
                     raise
                 self._flushed = reached
-        self.flush_names()
-
-    def flush_names(self) -> None:
-        """Return when the names of ledger and data are on the disk."""
-        if self._named < self.names:
-            with self._flushing:
-                wanted = self.names
-                if self._named < wanted:
-                    self.disk.flush_names(os.path.dirname(self.path))
-                    self._named = wanted
+        state = self.state
+        if self._named is not state:
+            self.disk.flush_names(os.path.dirname(self.path))
+            self._named = state
 
     def empty(self) -> None:
         """Drop the upload: whoever waits for the lock will see that it is over."""
@@ -1925,8 +1903,8 @@ class _Ledgers:
         What is appended is on the disk afterwards if it `flushes`.
         """
         path = os.path.join(self.folder, key + ".ledger")
-        flags, is_here = os.O_RDWR | (os.O_CREAT if create else 0), False
-        while not is_here:
+        flags = os.O_RDWR | (os.O_CREAT if create else 0)
+        while True:
             try:
                 fd = self.disk.open(path, flags)
             except FileNotFoundError:
@@ -1934,18 +1912,19 @@ class _Ledgers:
                 return
             try:
                 with self._turns[hash(key) % len(self._turns)], locked(self.disk, fd):
-                    is_here = self.disk.stat(fd).st_nlink > 0  # not removed meanwhile
-                    if is_here:
-                        ledger = self._read(path, fd)
-                        try:
-                            if mends:
-                                self._mend(ledger)
-                            yield ledger
-                        finally:
-                            if not ledger.state.generation:  # it was made for nothing
-                                ledger.empty()
-                if is_here and flushes:
+                    if not self.disk.stat(fd).st_nlink:  # removed meanwhile
+                        continue
+                    ledger = self._read(path, fd)
+                    try:
+                        if mends:
+                            self._mend(ledger)
+                        yield ledger
+                    finally:
+                        if not ledger.state.generation:  # it was made for nothing
+                            ledger.empty()
+                if flushes:
                     ledger.flush(fd)
+                return
             finally:
                 self.disk.close(fd)
 
@@ -2001,11 +1980,7 @@ class _Publisher:
 
         A whole file of the size of the one that has its name may be the same again.
         """
-        words = upload.path.split("/")
-        for count in range(1, len(words)):
-            status = self.disk.stat_path(self.path("/".join(words[:count])))
-            if status and not stat.S_ISDIR(status.st_mode):
-                raise _no_folder(words[count - 1])
+        self._folder(upload.path.rpartition("/")[0], makes=False)
         if self.policy == "refuse":
             status = self.disk.stat_path(self.path(upload.path))
             if status and not (is_whole and status.st_size == upload.size):
@@ -2020,7 +1995,7 @@ class _Publisher:
         bytes is as good as ours: no second copy.
         """
         parent, slash, name = wanted.rpartition("/")
-        folder, candidate, number = self._make_folder(parent), name, 0
+        folder, candidate, number = self._folder(parent), name, 0
         while True:
             path, target = parent + slash + candidate, os.path.join(folder, candidate)
             intend(path)
@@ -2034,16 +2009,18 @@ class _Publisher:
             number = number + 1 if number else max(1, self._last_number(folder, name))
             candidate = numbered(name, number)
 
-    def _make_folder(self, relative: str) -> str:
+    def _folder(self, relative: str, makes: bool = True) -> str:
         """Return the absolute path of a folder, made where it is missing."""
         parent = self.upload_dir
         for word in filter(None, relative.split("/")):
             folder = os.path.join(parent, word)
-            is_new = self.disk.make_folder(folder)
+            is_new = makes and self.disk.make_folder(folder)
             status = self.disk.stat_path(folder)
-            if status is None or not stat.S_ISDIR(status.st_mode):
+            if not status and not makes:
+                break
+            if not status or not stat.S_ISDIR(status.st_mode):
                 raise _no_folder(word)
-            if is_new or folder not in self._flushed:
+            if makes and (is_new or folder not in self._flushed):
                 self.disk.flush_names(parent)
                 if len(self._flushed) > 10000:
                     self._flushed.clear()
@@ -2130,17 +2107,16 @@ def _taken(path: str) -> Conflict:
 
 _WAIT_SECONDS = 10.0  # for what may still differ, before a file gets its name
 _BUSY_SECONDS = 60.0  # between the chunks of a client that sends one after the other
-_ANSWER_SECONDS = 1.0  # between what is recorded and the end of its body
 
 
-class _Pending(NamedTuple):
-    """A range of an upload that is under way, or will be until then."""
+class _Sample(NamedTuple):
+    """Recorded bytes that a test was told to send again, and may until then."""
 
     key: str
+    is_first: bool
     start: int
     end: int
     until: float
-    body: Body | None = None  # a sample that was asked for has none yet
 
 
 class _Expected:
@@ -2148,88 +2124,52 @@ class _Expected:
 
     def __init__(self) -> None:
         self._change = threading.Condition()
-        self._all: list[_Pending] = []  # replaced, never changed
+        self._bodies: list[Any] = []  # under way; replaced, never changed
+        self._samples: list[_Sample] = []
 
     def ask(self, key: str, start: int, end: int) -> None:
         """A test was told to send these recorded bytes again, as a sample."""
+        now, which = time.monotonic(), (key, start < 1)
         with self._change:
-            now, is_first = time.monotonic(), start < 1
-            old = [
-                one
-                for one in self._all
-                if one.body
-                or (now < one.until and (one.key, one.start < 1) != (key, is_first))
-            ]
-            self._all = old + [_Pending(key, start, end, now + _WAIT_SECONDS)]
+            rest = [o for o in self._samples if now < o.until and o[:2] != which]
+            self._samples = [*rest, _Sample(*which, start, end, now + _WAIT_SECONDS)]
 
-    def begin(self, body: Body) -> None:
+    def begin(self, body: Body | Whole) -> None:
         """A body is under way, and with it the samples of its range."""
-        key, start, end = body.upload.key, body.start, body.end
+        key, start, end = body.key, body.start, body.end
         with self._change:
-            self._all = [
+            self._bodies = [*self._bodies, body]
+            self._samples = [
                 one
-                for one in self._all
-                if one.body or one.key != key or one.end <= start or end <= one.start
-            ] + [_Pending(key, start, end, math.inf, body)]
+                for one in self._samples
+                if one.key != key or one.end <= start or end <= one.start
+            ]
 
-    def end(self, body: Body, seconds: float = 0.0) -> None:
-        """Nothing of a body can differ any more; it is answered in `seconds` or so."""
+    def end(self, body: Body | Whole) -> None:
+        """Nothing of a body can differ any more."""
         with self._change:
-            mine = [one for one in self._all if one.body is body]
-            self._all = [one for one in self._all if one.body is not body]
-            if seconds:
-                until = time.monotonic() + seconds
-                self._all += [one._replace(until=until) for one in mine]
+            self._bodies = [one for one in self._bodies if one is not body]
             self._change.notify_all()
 
     def bodies(self, key: str) -> list[Body]:
-        """Return the bodies that are under way."""
-        return [one.body for one in self._all if one.body and one.key == key]
+        """Return the bodies of an upload that are under way."""
+        return [one for one in self._bodies if one.key == key]
+
+    def left(self) -> int:
+        """Return how many bytes may still come, of all uploads."""
+        return sum(one.left for one in self._bodies)
 
     def wait(self, key: str) -> None:
         """Return when nothing is expected any more, or after a while."""
         last = time.monotonic() + _WAIT_SECONDS
         with self._change:
             while True:
-                ends = [one.until for one in self._all if one.key == key]
+                ends = [one.until for one in self._samples if one.key == key]
+                ends += [last] * bool(self.bodies(key))
                 left = min(max(ends, default=0.0), last) - time.monotonic()
                 if left <= 0:
                     return
                 self._change.wait(left)
-
-
-class _Room:
-    """Room on the disk: bodies that are under way have theirs already."""
-
-    def __init__(self, disk: Disk, folder: str, floor: int) -> None:
-        self._disk = disk
-        self._folder = folder
-        self._floor = floor  # bytes that stay free
-        self._taken = 0
-        self._mutex = threading.Lock()
-
-    def take(self, size: int, whole: int = 0) -> None:
-        """Set `size` bytes aside, of a new file of `whole` bytes if that is said.
-
-        Raises TooLarge when the new file has no room, else Trouble.
-        """
-        if not self._floor:
-            return
-        with self._mutex:
-            free = self._disk.free_space(self._folder) - self._floor - self._taken
-            if whole > free:
-                raise TooLarge(
-                    f"The disk has no room for {in_units(whole)} at the moment."
-                )
-            if size > free:
-                raise Trouble("The disk has no room for this chunk at the moment.")
-            self._taken += size
-
-    def give(self, size: int) -> None:
-        """Give back what was set aside: it was written, or never will be."""
-        if self._floor:
-            with self._mutex:
-                self._taken -= size
 
 
 class _Uploads:
@@ -2250,14 +2190,14 @@ class _Uploads:
         self.announce = announce
         self.clock = clock
         self.max_uploads = max_uploads
-        self.room = _Room(self.disk, folder, min_free_space)
+        self.min_free_space = min_free_space
         self._random = secrets.token_hex(4)
         self.entered = _Ledgers(self.disk, folder, self._mend).entered
         self.expected = _Expected()
         self.count = 0  # of unfinished uploads, in all processes, as far as is known
         self.failures = 0  # of flushes: what was written until then may be lost
         self._announced: set[str] = set()  # generations of which no line could say so
-        self._mutex = threading.Lock()
+        self.mutex = threading.Lock()
 
     @property
     def process(self) -> str:
@@ -2279,65 +2219,71 @@ class _Uploads:
                 " (max_uploads)."
             )
 
+    def require_space(self, whole: int, size: int = 0, left: int = 0) -> None:
+        """Raise TooLarge when a new file of `whole` bytes has no room.
+
+        Raises Trouble when a body that has `left` bytes has none for `size` of them.
+        What other bodies have left is as good as written.
+        """
+        if not self.min_free_space:
+            return
+        free = self.disk.free_space(self.folder) - self.min_free_space
+        free -= self.expected.left() - left
+        if whole > free:
+            raise TooLarge(f"The disk has no room for {in_units(whole)} at the moment.")
+        if size > free:
+            raise Trouble("The disk has no room for this chunk at the moment.")
+
     def begin(
         self, ledger: _Ledger, upload: Upload, is_whole: bool, is_kept: bool = False
     ) -> None:
-        """Open an upload, or a new version of a finished one."""
-        boot = "" if self.disk.sync else self.disk.boot_id()
-        before = (ledger.state.generation, is_kept, boot, self.clock())
-        upload = upload._replace(fields=dict(upload.fields))  # which JSON knows
-        beginning = _Beginning(upload, secrets.token_hex(8), *before)
-        self.publisher.refuse_early(upload, is_whole)
-        with self._mutex:
-            self.require_room()
-            ledger.append(("upload", *beginning))
-            # It is counted by its data file.
-            _File(self.disk, ledger.data_path, os.O_RDWR | os.O_CREAT).close()
-            self.count += 1
+        """Open an upload, or a new version of a finished one.
 
-    def recount(self) -> None:
-        """Count the unfinished uploads of all processes; none of ours begins now."""
-        with self._mutex:
-            names = self.disk.list(self.folder)
-            self.count = sum(name.endswith(".data") for name in names)
-
-    def supersede(self, ledger: _Ledger, upload: Upload, is_whole: bool) -> None:
-        """Begin a new version of a finished upload, or refuse that once.
-
-        Raises Trouble while the receipt must stay: on_complete has not returned.
+        The second is refused once, and the receipt dropped, after something had come
+        again: nobody can tell which version that belongs to.
         """
-        if not self.is_told(ledger.state):
+        if ledger.state.finished and not self.is_told(ledger.state):
             raise Trouble("The finished file is still being handed on; try again.")
-        try:
-            ledger.state.require_new(is_whole)
-        except Conflict:
+        if ledger.state.came_again and not is_whole:
             self.drop(ledger)
-            raise
-        self.begin(ledger, upload, is_whole)
+            raise Conflict(_CHANGED)
+        boot = "" if self.disk.sync else self.disk.boot_id()
+        more = (ledger.state.generation, is_kept, boot, self.clock())
+        upload = upload._replace(fields=dict(upload.fields))  # which JSON knows
+        self.publisher.refuse_early(upload, is_whole)
+        generation = secrets.token_hex(8)
+        with self.mutex:
+            self.require_room()
+            # It is counted by its data file.
+            path = ledger.path.replace(".ledger", f"-{generation}.data")
+            _File(self.disk, path, os.O_RDWR | os.O_CREAT).close()
+            ledger.append(("upload", upload, generation, *more))
+            self.count += 1
 
     def drop(self, ledger: _Ledger) -> None:
         """Forget an upload, or a receipt; needs no free space."""
         ledger.empty()
         if ledger.state.is_unfinished:
-            self._count_one_less()
-        discard(self.disk, ledger.data_path)
+            self._discard_data(ledger)
 
-    def _count_one_less(self) -> None:
-        with self._mutex:
+    def _discard_data(self, ledger: _Ledger) -> None:
+        with self.mutex:
             self.count = max(0, self.count - 1)
+        discard(self.disk, ledger.data_path)
 
     # Ends
 
     def conclude(
-        self, state: _State, waits: bool, fields: Mapping[str, str]
+        self, state: _State, fields: Mapping[str, str], body: Body | None = None
     ) -> Progress:
         """Finish and announce what is complete by now, and recorded durably.
 
-        Called without the lock; `waits` for bodies and samples that may still differ.
+        Called without the lock; a `body` waits for what may still differ.
         """
         key, is_new = state.upload.key, False
         if state.is_complete and not state.finished:
-            if waits:
+            if body:
+                self.expected.end(body)
                 self.expected.wait(key)
             with self.entered(key) as ledger:
                 if ledger is None or ledger.state.generation != state.generation:
@@ -2346,9 +2292,8 @@ class _Uploads:
                 if is_new:
                     self.finish(ledger, fields)
         is_new = self.announce_end(state, waits=is_new) or is_new
-        sizes = (state.ranges.total, state.upload.size)
-        done = self.done(state) if state.finished else None
-        return Progress(*sizes, done, is_new, state.begun.time)
+        done, began = self.done(state) if state.finished else None, state.begun.time
+        return Progress(state.ranges.total, state.upload.size, done, is_new, began)
 
     def name_at_once(self, part: _Part, upload: Upload) -> Progress:
         """Finish a file that came in one piece: a link, and no ledger."""
@@ -2386,8 +2331,7 @@ class _Uploads:
             place = place._replace(inode=status.st_ino, modified=status.st_mtime_ns)
         ledger.append(("finished", *place))
         ledger.flush(ledger.fd)
-        self._count_one_less()
-        discard(self.disk, ledger.data_path)
+        self._discard_data(ledger)
         if not self.announce:
             ledger.cut_down()
 
@@ -2461,13 +2405,6 @@ class _Uploads:
         is_known = state.generation in self._announced  # no line could say so
         return not self.announce or state.is_announced or is_known
 
-    def note_again(self, ledger: _Ledger) -> None:
-        """Write down, once, that something came again; the receipt is kept longer."""
-        if ledger.state.came_again:
-            self.disk.touch(ledger.path)
-        else:
-            ledger.append(("again", secrets.token_hex(2)))
-
 
 # ---- bodies --------------------------------------------------------------------------
 # Law: bytes go to their place in the data file while they come.  Each block asks under
@@ -2483,14 +2420,17 @@ class Whole:
     write() in order, commit() once, close().
     """
 
+    key, start, end = "", 0, 0  # of no upload yet
+
     def __init__(self, uploads: _Uploads, at_most: int) -> None:
+        uploads.require_room()
         self.size = 0  # bytes so far
+        self.left = at_most
         self._uploads = uploads
         self._part = _Part(uploads.disk, uploads.folder)
-        self._reserved = 0
+        uploads.expected.begin(self)
         try:
-            uploads.room.take(at_most, at_most)
-            self._reserved = at_most
+            uploads.require_space(at_most, left=at_most)
         except FlowError:
             self.close()
             raise
@@ -2506,8 +2446,7 @@ class Whole:
         with explained():
             self._uploads.disk.write(self._part.fd, block, self.size)
         self.size += len(block)
-        self._reserved -= len(block)
-        self._uploads.room.give(len(block))
+        self.left -= len(block)
 
     def commit(
         self, upload: Upload, fields: Mapping[str, str] | None = None
@@ -2518,7 +2457,7 @@ class Whole:
             uploads.disk.flush(self._part.fd)
             if not uploads.announce:
                 return uploads.name_at_once(self._part, upload)
-            with uploads.entered(upload.key, create=True, flushes=True) as ledger:
+            with uploads.entered(upload.key, create=True) as ledger:
                 assert ledger is not None and not ledger.state.generation
                 uploads.begin(ledger, upload, is_whole=True)
                 state = ledger.state
@@ -2529,13 +2468,12 @@ class Whole:
                 except OSError:
                     uploads.drop(ledger)
                     raise
-            return uploads.conclude(state, False, fields or {})
+            return uploads.conclude(state, fields or {})
 
     def close(self) -> None:
         """Let go; a file that was not named is removed."""
         self._part.remove()
-        self._uploads.room.give(self._reserved)
-        self._reserved = 0
+        self._uploads.expected.end(self)
 
 
 class Body:
@@ -2551,6 +2489,7 @@ class Body:
         is_kept: bool,
     ) -> None:
         self.upload = upload
+        self.key = upload.key
         self.start = start
         self.end = end
         self.is_in_order = is_in_order  # what comes before it must be stored
@@ -2565,11 +2504,7 @@ class Body:
         self._generation = ""  # what it belongs to
         self._missing: list[tuple[int, int]] = []  # of its range, when it began
         self._failures = 0  # of flushes, until then
-        self._reserved = 0  # bytes of room on the disk
-        self._is_recorded = False
-        self._is_closed = False
         self._closing = threading.Lock()
-        uploads.expected.begin(self)
 
     def __enter__(self) -> Body:
         return self
@@ -2582,34 +2517,34 @@ class Body:
         """Whether this is all of the file."""
         return self.end - self.start == self.upload.size
 
+    @property
+    def left(self) -> int:
+        """How many bytes may still come."""
+        return self.end - self.position
+
     # Beginnings
 
     def begin(self) -> None:
         """Find out where the bytes go."""
         uploads = self._uploads
         is_aside = self.is_whole and not (uploads.announce or self.is_kept)
-        with uploads.entered(self.upload.key, create=not is_aside) as ledger:
-            if ledger and ledger.state.upload.size not in (-1, self.upload.size):
-                raise Conflict(_OTHER_SIZE)
-            if ledger and ledger.state.finished:
-                self._begin_after_end(ledger, ledger.state.finished)
-            elif ledger and (ledger.state.generation or not is_aside):
-                if not ledger.state.generation:
-                    uploads.begin(ledger, self.upload, self.is_whole)
-                self._join(ledger)
-            else:
+        with uploads.entered(self.key, create=not is_aside) as ledger:
+            if ledger is None or is_aside and not ledger.state.generation:
                 uploads.publisher.refuse_early(self.upload, is_whole=True)
-                uploads.require_room()
                 self._whole = Whole(uploads, self.upload.size)
-
-    def _begin_after_end(self, ledger: _Ledger, place: _Place) -> None:
-        """Compare with the finished file if it is still there, else begin anew."""
-        path = self._uploads.publisher.path(place.path)
-        if ledger.state.is_intact(self._disk.stat_path(path)):
-            self._data = _File(self._disk, path, os.O_RDONLY)
-            self._published, self._generation = ledger.state, ledger.state.generation
-        else:
-            self._uploads.supersede(ledger, self.upload, self.is_whole)
+                return
+            state = ledger.state
+            if state.upload.size not in (-1, self.upload.size):
+                raise Conflict(_OTHER_SIZE)
+            uploads.expected.begin(self)
+            if state.finished:
+                path = uploads.publisher.path(state.finished.path)
+                if state.is_intact(self._disk.stat_path(path)):
+                    self._data = _File(self._disk, path, os.O_RDONLY)
+                    self._published, self._generation = state, state.generation
+                    return
+            if not state.is_unfinished:
+                uploads.begin(ledger, self.upload, self.is_whole)
             self._join(ledger)
 
     def _join(self, ledger: _Ledger) -> None:
@@ -2620,24 +2555,14 @@ class Body:
         if self.is_in_order and ledger.state.ranges.gaps(0, self.start):
             raise Conflict(_NO_BEGINNING)
         if self.is_kept:  # a hanging request gives way
-            self._end_others(ledger, None, 0)
+            self._end_others(ledger, memoryview(b""), 0)
         is_new = not ledger.state.ranges.total  # it has no bytes that could be lost
-        self._take_room(self.upload.size if is_new else 0)
-        flags = os.O_RDWR | (os.O_CREAT if is_new else 0)
-        self._data = _File(self._disk, ledger.data_path, flags)
-        ledger.names += is_new
-        with self._opened():  # made, before somebody waits for its bytes
+        size = sum(high - low for low, high in self._missing)
+        self._uploads.require_space(is_new * self.upload.size, size, self.left)
+        self._data = _File(self._disk, ledger.data_path)
+        with self._opened():
             if self._missing:
                 ledger.append(("claim", self.name, self.start, self.end))
-
-    def _take_room(self, whole: int) -> None:
-        size = sum(high - low for low, high in self._missing)
-        self._uploads.room.take(size, whole)
-        self._reserved = size
-
-    def _give_room(self, size: int) -> None:
-        self._reserved -= size
-        self._uploads.room.give(size)
 
     # Bytes
 
@@ -2683,7 +2608,7 @@ class Body:
         start, end = self.position, self.position + len(block)
         gaps: list[tuple[int, int]] = []
         if self._missing:
-            with self._uploads.entered(self.upload.key) as found:
+            with self._uploads.entered(self.key) as found:
                 ledger = self._require_current(found)
                 gaps = ledger.state.ranges.gaps(start, end)
                 for low, high in gaps:
@@ -2691,27 +2616,20 @@ class Body:
                     self._end_others(ledger, piece, low)
                     with self._opened() as fd:
                         self._disk.write(fd, piece, low)
-                    self._give_room(len(piece))
                 self.position = end
         for low, high in Ranges(gaps).gaps(start, end):
             if not self._is_stored(block[low - start : high - start], low):
                 self._refuse(low, high)
         self.position = end
 
-    def _end_others(
-        self, ledger: _Ledger, block: memoryview | None, start: int
-    ) -> None:
-        """End the claims of bodies of this process that wrote other bytes here.
-
-        Without a `block` those of all others.
-        """
-        for other in self._uploads.expected.bodies(self.upload.key):
-            if other is self or (
-                block is not None and not self._differs(other, block, start)
-            ):
+    def _end_others(self, ledger: _Ledger, block: memoryview, start: int) -> None:
+        """End the claims of bodies of this process that wrote other bytes here."""
+        for other in self._uploads.expected.bodies(self.key):
+            if other is self:
                 continue
-            ledger.append(("claim", other.name, 0, 0))
-            self._uploads.expected.end(other)
+            if self.is_kept or self._differs(other, block, start):
+                ledger.append(("claim", other.name, 0, 0))
+                self._uploads.expected.end(other)
 
     def _differs(self, other: Body, block: memoryview, start: int) -> bool:
         low, high = max(start, other.start), min(start + len(block), other.position)
@@ -2728,36 +2646,29 @@ class Body:
 
     def _refuse(self, start: int, end: int) -> None:
         """Raise what these bytes deserve: they are not those recorded."""
-        with self._uploads.entered(self.upload.key) as found:
+        with self._uploads.entered(self.key) as found:
             ledger = self._require_current(found)
-            error = ledger.state.on_difference(start, end, self._missing)
-            if isinstance(error, Conflict):
-                self._require_idle(ledger)
-                self._uploads.drop(ledger)
-            raise error
-
-    def _require_idle(self, ledger: _Ledger) -> None:
-        """Raise Conflict when these may be the chunks of another file, which go on.
-
-        Without an identifier they could not be told from those of this one, once it
-        began in that one's place.
-        """
-        data = self._disk.stat_path(ledger.data_path)
-        age = self._uploads.clock() - data.st_mtime if data else math.inf
-        if self.is_in_order and not self.upload.is_secret and age < _BUSY_SECONDS:
-            raise Conflict(_ANOTHER_FILE)
+            if not ledger.state.has_changed(start, end, self._missing):
+                raise Trouble(_UNDONE)
+            # Without an identifier the chunks of another file, which go on, could not
+            # be told from those of this one, once it began in that one's place.
+            data = self._disk.stat_path(ledger.data_path)
+            age = self._uploads.clock() - data.st_mtime if data else math.inf
+            if self.is_in_order and not self.upload.is_secret and age < _BUSY_SECONDS:
+                raise Conflict(_ANOTHER_FILE)
+            self._uploads.drop(ledger)
+            raise Conflict(_CHANGED)
 
     def _leave_published(self) -> None:
         """Go on in a new upload: this is not what the finished file has."""
         uploads, published, file = self._uploads, self._published, self._data
         assert published is not None and file is not None
-        with uploads.entered(self.upload.key) as ledger:
+        with uploads.entered(self.key) as ledger:
             state = ledger.state if ledger else _State()
-            is_first = state.generation == self._generation
-            if not ledger or not (is_first or state.follows(self._generation)):
+            if ledger and state.generation == self._generation:
+                uploads.begin(ledger, self.upload, self.is_whole)
+            elif not ledger or state.begun.supersedes != self._generation:
                 raise Conflict(_CANCELLED)
-            if is_first:
-                uploads.supersede(ledger, self.upload, self.is_whole)
             elif state.finished:
                 raise Trouble(_UNDONE)
             self._join(ledger)
@@ -2775,7 +2686,7 @@ class Body:
         Others may ask for this; a file that is gone by then is no failure of the disk.
         """
         with self._closing:
-            if self._data and not (self._published or self._is_closed):
+            if self._data and not self._published:
                 with explained():
                     self._record(is_end=False)
 
@@ -2790,33 +2701,28 @@ class Body:
         with explained():
             if self._whole:
                 return self._whole.commit(self.upload)
-            state = self._came_again() or self._record(is_end=True)
-            self._is_recorded = True
-            # flow.js hands on the last answer that it sees: let that be the one of the
-            # chunk that completes the file.
-            seconds = 0.0 if state.is_complete else _ANSWER_SECONDS
-            self._uploads.expected.end(self, seconds)
-            return self._uploads.conclude(state, not self.is_whole, fields or {})
-
-    def _came_again(self) -> _State | None:
-        """Say that a finished file came again; None when it did not."""
-        published, file = self._published, self._data
-        if published is None or file is None:
-            return None
-        with self._uploads.entered(self.upload.key, flushes=True) as ledger:
-            if ledger and ledger.state.generation == self._generation:
-                _require_intact(published, file)
-                self._uploads.note_again(ledger)
-                return ledger.state
-        self._leave_published()
-        return None
+            try:
+                state = self._record(is_end=True)
+            except Conflict:
+                if not self._published:
+                    raise
+                self._leave_published()
+                state = self._record(is_end=True)
+            self._generation = ""  # there is nothing to give back
+            body = None if self.is_whole else self
+            return self._uploads.conclude(state, fields or {}, body)
 
     def _record(self, is_end: bool) -> _State:
         """Write down that what has come so far is there, or that it came again."""
         reached = self.position  # others may ask for this while the body goes on
         if self._missing:
-            self._flush()
-        with self._uploads.entered(self.upload.key, flushes=True) as found:
+            try:
+                with self._opened() as fd:
+                    self._disk.flush(fd)
+            except OSError:
+                self._uploads.failures += 1
+                raise
+        with self._uploads.entered(self.key, flushes=True) as found:
             ledger = self._require_current(found)
             if self._missing and self._failures != self._uploads.failures:
                 raise Trouble("The disk could not store the chunk; please try again.")
@@ -2825,33 +2731,28 @@ class Body:
             if is_end and self._missing:
                 lines.append(("claim", self.name, 0, 0))
             if lines:
-                ledger.flush_names()
                 ledger.append(*lines)
             if is_end and ledger.state.finished:
-                self._uploads.note_again(ledger)
+                if self._published and self._data:
+                    _require_intact(self._published, self._data)
+                if ledger.state.came_again:  # its receipt is kept longer
+                    self._disk.touch(ledger.path)
+                else:
+                    ledger.append(("again", secrets.token_hex(2)))
             return ledger.state
-
-    def _flush(self) -> None:
-        try:
-            with self._opened() as fd:
-                self._disk.flush(fd)
-        except OSError:
-            self._uploads.failures += 1
-            raise
 
     def close(self) -> None:
         """Let go; of what was not recorded nothing counts."""
         if self._whole:
             self._whole.close()
         with self._closing, contextlib.suppress(OSError):  # the rest must be done
-            self._is_closed = True
-            if self._data:  # before it may be removed
-                self._data.close()
-        if self._generation and not self._published and not self._is_recorded:
+            data, self._data = self._data, None
+            if data:  # before it may be removed
+                data.close()
+        if self._generation and not self._published:
             with contextlib.suppress(FlowError, OSError):
-                with self._uploads.entered(self.upload.key) as ledger:
+                with self._uploads.entered(self.key) as ledger:
                     self._give_back(ledger)
-        self._give_room(self._reserved)
         self._uploads.expected.end(self)
 
     def _give_back(self, ledger: _Ledger | None) -> None:
@@ -2961,7 +2862,6 @@ class Store:
     def receive_whole(self, at_most: int) -> Whole:
         """Begin to take a file that comes in one piece, of `at_most` so many bytes."""
         with explained():
-            self._uploads.require_room()
             return Whole(self._uploads, at_most)
 
     def open(self, upload: Upload) -> Progress:
@@ -2973,10 +2873,8 @@ class Store:
         with explained(), uploads.entered(key, create=True, flushes=True) as ledger:
             assert ledger is not None
             if not ledger.state.generation:
-                uploads.room.take(0, upload.size)
+                uploads.require_space(upload.size)
                 uploads.begin(ledger, upload, is_whole=False, is_kept=True)
-                data = self.disk.open(ledger.data_path, os.O_RDWR | os.O_CREAT)
-                self.disk.close(data)  # there, to be counted
             return Progress(ledger.state.ranges.total, upload.size)
 
     def has(self, upload: Upload, start: int, end: int) -> bool:
@@ -2991,7 +2889,10 @@ class Store:
 
         What bodies under way have brought is recorded first, where they are kept.
         """
-        self._record_kept(key)
+        for body in self._uploads.expected.bodies(key):
+            if body.is_kept and self.disk.unlinks_open:
+                with contextlib.suppress(FlowError):  # it is over, or told itself
+                    body.checkpoint()
         with explained(), self._look(key) as state:
             if not state.generation:
                 return None
@@ -3002,13 +2903,6 @@ class Store:
             told = state.ranges.within(*state.told)
             is_finished = place is not None
             return Status(state.upload, list(state.ranges), told, is_finished, done)
-
-    def _record_kept(self, key: str) -> None:
-        """Let HEAD see what a hanging request has brought (tus)."""
-        for body in self._uploads.expected.bodies(key):
-            if body.is_kept and self.disk.unlinks_open:
-                with contextlib.suppress(FlowError):  # it is over, or told itself
-                    body.checkpoint()
 
     def forget(self, key: str) -> bool:
         """Drop an unfinished upload; a finished file is never touched."""
@@ -3031,8 +2925,9 @@ class Store:
 
     def count(self) -> None:
         """Count the unfinished uploads of all processes anew."""
-        with explained():
-            self._uploads.recount()
+        with explained(), self._uploads.mutex:  # none of ours begins now
+            names = self.disk.list(self.state_dir)
+            self._uploads.count = sum(name.endswith(".data") for name in names)
 
     def sweep(self, stale_after: float, keep_receipts: float) -> None:
         """Finish what a crash left, remove what nobody wants; times in seconds.
@@ -3044,7 +2939,7 @@ class Store:
         uploads: dict[str, list[str]] = {}
         for name in names:
             if name.endswith(".part"):
-                self._unlink_old(name, _LEFTOVER_SECONDS)
+                self._unlink_old(name)
             elif name.endswith((".ledger", ".data", ".call")):
                 uploads.setdefault(re.split("[-.]", name)[0], []).append(name)
         for key, files in uploads.items():
@@ -3059,38 +2954,34 @@ class Store:
         self, key: str, stale_after: float, keep_receipts: float
     ) -> _State:
         """Bring one upload in order; return the state that goes on."""
-        uploads, state = self._uploads, _State()
+        uploads = self._uploads
         with uploads.entered(key) as ledger:
-            if ledger and ledger.state.generation:
-                is_free, state = not uploads.expected.bodies(key), ledger.state
-                is_told = uploads.is_told(state)
-                age, is_lost = self._look_at_files(ledger)
-                if state.finished:
-                    is_over = is_free and is_told and age > keep_receipts
-                else:
-                    is_begun = state.ranges.total or state.begun.is_kept
-                    seconds = min(stale_after, _LEFTOVER_SECONDS)
-                    is_stale = age > (stale_after if is_begun else seconds)
-                    is_over = is_lost or is_free and is_stale
-                if is_over:
-                    uploads.drop(ledger)
-                    return _State()
-                if is_free and state.is_unfinished and state.is_complete:
-                    uploads.finish(ledger, {})
+            if ledger is None or not ledger.state.generation:
+                return _State()
+            state, data = ledger.state, self.disk.stat_path(ledger.data_path)
+            files = filter(None, (self.disk.stat(ledger.fd), data))
+            age = self._clock() - max(file.st_mtime for file in files)
+            if state.finished:
+                is_over = age > keep_receipts and uploads.is_told(state)
+            else:
+                is_over = age > stale_after
+            is_free = not uploads.expected.bodies(key)
+            if is_free and is_over or self._is_lost(state, data):
+                uploads.drop(ledger)
+                return _State()
+            if is_free and state.is_unfinished and state.is_complete:
+                uploads.finish(ledger, {})
         uploads.announce_end(state, waits=False)
         return state
 
-    def _look_at_files(self, ledger: _Ledger) -> tuple[float, bool]:
-        """Return the seconds since something came, and whether bytes may be missing.
+    def _is_lost(self, state: _State, data: os.stat_result | None) -> bool:
+        """Whether recorded bytes may be missing.
 
         That is when the power was cut with sync off, or somebody has removed them.
         """
-        state, data = ledger.state, self.disk.stat_path(ledger.data_path)
-        files = filter(None, (self.disk.stat(ledger.fd), data))
-        age = self._clock() - max(file.st_mtime for file in files)
-        is_short = state.ranges.end > (data.st_size if data else 0)
-        boot = state.begun.boot
-        return age, is_short or bool(boot) and boot != self.disk.boot_id()
+        is_short = data is None or data.st_size < state.ranges.end
+        is_old = state.begun.boot not in ("", self.disk.boot_id())
+        return state.is_unfinished and (is_short or is_old)
 
     def _unlink_others(self, key: str, state: _State, names: Iterable[str]) -> None:
         """Remove what a ledger does not name: it is older than what the ledger says."""
@@ -3098,15 +2989,15 @@ class Store:
         for name in names:
             if name.endswith(".ledger"):
                 if not state.generation:  # emptied, which is all that Windows can do
-                    self._unlink_old(name, 60)
+                    self._unlink_old(name)
             elif name != kept:
                 discard(self.disk, os.path.join(self.state_dir, name))
 
-    def _unlink_old(self, name: str, seconds: float) -> None:
-        """Remove a file of ours that nobody has written to for so long."""
+    def _unlink_old(self, name: str) -> None:
+        """Remove a file of ours that nobody has written to for long."""
         path = os.path.join(self.state_dir, name)
         status = self.disk.stat_path(path)
-        if status and self._clock() - status.st_mtime > seconds:
+        if status and self._clock() - status.st_mtime > _LEFTOVER_SECONDS:
             discard(self.disk, path)
 
     # Folders
@@ -3145,7 +3036,7 @@ class Store:
             self.disk.publish(part.path, part.path + ".part")
             self.disk.unlink(part.path + ".part")
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if errno.errorcode.get(error.errno or 0) not in _NO_LINKS:
                 raise
             self.disk.links = False
             self._warn(
@@ -3156,13 +3047,7 @@ class Store:
             part.remove()
 
 
-_NO_LINKS = (
-    errno.EPERM,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    getattr(errno, "ENOTSUP", errno.EOPNOTSUPP),
-    errno.EMLINK,
-)
+_NO_LINKS = ("EPERM", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "EMLINK")
 
 
 def _followed(path: str) -> str:

@@ -2065,7 +2065,7 @@ def changed(data: bytes, place: int) -> bytes:
 
 def state_of(*lines: Sequence[Any], secret: bool = False) -> Any:
     """Return the state of an upload of 900 bytes that these lines tell."""
-    upload = flowserver.Upload("key", "a.bin", 900, "", "id", secret)
+    upload = flowserver.Upload("key", "a.bin", 900, "", "id", secret, {})
     state = flowserver._State().after("upload", upload, "g1", "g0")
     for line in lines:
         state = state.after(*line)
@@ -2152,29 +2152,15 @@ class UploadRulesTest(unittest.TestCase):
 
     def test_other_bytes_mean_a_changed_file_unless_two_attempts_met(self) -> None:
         state = state_of(("range", 0, 600))
-        for missing, kind in (
-            ([], flowserver.Conflict),
-            ([(600, 900)], flowserver.Conflict),
-            ([(0, 300)], flowserver.Trouble),
-            ([(250, 310)], flowserver.Trouble),
+        for missing, has_changed in (
+            ([], True),
+            ([(600, 900)], True),
+            ([(0, 300)], False),
+            ([(250, 310)], False),
         ):
             with self.subTest(missing=missing):
-                self.assertIsInstance(state.on_difference(100, 300, missing), kind)
-        late = state_of(*FINISHED).on_difference(0, 300, [])
-        self.assertIsInstance(late, flowserver.Trouble)
-
-    def test_new_version_begins_after_the_end_unless_something_came_again(self) -> None:
-        first, again = state_of(*FINISHED), state_of(*FINISHED, ("again",))
-        first.require_new(is_whole=False)
-        for state in (first, again):
-            state.require_new(is_whole=True)
-        with self.assertRaises(flowserver.Conflict):
-            again.require_new(is_whole=False)
-
-    def test_chunks_beside_the_first_of_a_new_version_follow_it(self) -> None:
-        state = state_of()  # g1, which began in place of g0
-        self.assertTrue(state.follows("g0"))
-        self.assertFalse(state.follows("older") or flowserver._State().follows("g1"))
+                self.assertEqual(state.has_changed(100, 300, missing), has_changed)
+        self.assertFalse(state_of(*FINISHED).has_changed(0, 300, []))
 
     def test_published_file_is_known_by_size_inode_and_time(self) -> None:
         state = state_of(*FINISHED)
@@ -3424,12 +3410,11 @@ class FlushTest(unittest.TestCase):
         self.put(0, 300)
         with self.store.receive(self.upload, 300, 600) as body:
             body.write(self.data[300:600])
-            with mock.patch.object(body, "_flush"):
-                self.disk.failures = 1
-                write = mock.patch.object(self.disk, "write", wraps=self.disk.write)
-                with write as written:
-                    with self.assertRaises(flowserver.Trouble):
-                        body.commit()
+            failing = [None, OSError(errno.EIO, "I/O error")]  # not that of the data
+            flush = mock.patch.object(self.disk, "flush", side_effect=failing)
+            write = mock.patch.object(self.disk, "write", wraps=self.disk.write)
+            with flush, write as written, self.assertRaises(flowserver.Trouble):
+                body.commit()
         names = os.listdir(self.store.state_dir)
         (name,) = [name for name in names if name.endswith(".ledger")]
         with open(os.path.join(self.store.state_dir, name), "rb") as file:
@@ -8124,7 +8109,7 @@ class StopTest(unittest.TestCase):
 
 def under_way(server: FlowServer) -> int:
     """Return how many bodies a server is taking in."""
-    return len(server.app.store._uploads.expected._all)
+    return len(server.app.store._uploads.expected._bodies)
 
 
 class RaceOfAttemptsTest(unittest.TestCase):

@@ -604,8 +604,7 @@ class World:
         files += self.state_dir.glob(f"{key}-{state.generation}.data")
         age = self.turns.now - max(file.stat().st_mtime for file in files)
         is_told = state.is_announced or not self.plan.announces
-        is_begun = state.ranges.total or state.begun.is_kept
-        is_old = age > (7 * DAY if is_begun else HOUR)
+        is_old = age > 7 * DAY
         if state.finished:
             is_old = is_told and age > HOUR
         came = [e for e in ours if e.status == 200 and e.method == "POST"]
