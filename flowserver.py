@@ -144,12 +144,6 @@ class LengthRequired(Malformed):
     status = 411
 
 
-class AddressTooLong(Malformed):
-    """The first line of the request is longer than we take."""
-
-    status = 414
-
-
 class HeadTooLong(Malformed):
     """The head of the request is longer than we take."""
 
@@ -172,10 +166,6 @@ class Forbidden(FlowError):
     """This client may not do this here."""
 
     status = 403
-
-
-class Foreign(Forbidden):
-    """Another site's page, or a host name that is not ours."""
 
 
 class Unauthorized(FlowError):
@@ -354,16 +344,15 @@ class Setting(Generic[T]):
         ) -> None:
             """Say what a Settings() may be given; nothing is set later."""
 
-    def parse(self, text: str, where: str) -> T:
-        """Return the value of `text`; raise SettingsError, naming `where` it stood."""
+    def parse(self, text: str, where: str, folder: str = "") -> Any:
+        """Return the value of `text`, a path relative to `folder`.
+
+        Raises SettingsError, naming `where` it stood.
+        """
         try:
-            return self.read(text.strip())
+            value: Any = self.read(text.strip())
         except ValueError as error:
             raise SettingsError(f'{where}: "{text}" {error}.') from error
-
-    def parse_in(self, folder: str, text: str, where: str) -> Any:
-        """Do as parse() does; a path is relative to `folder`."""
-        value: Any = self.parse(text, where)
         is_path = value and self.read in (_path, _required_path)
         return os.path.join(folder, value) if is_path else value
 
@@ -494,7 +483,7 @@ def load_settings(config: str, flags: Mapping[str, str]) -> Settings:
         vars(settings).update(_read_config(config))
     for name, text in flags.items():
         flag = "--" + name.replace("_", "-")
-        vars(settings)[name] = table[name].parse_in(os.getcwd(), text, flag)
+        vars(settings)[name] = table[name].parse(text, flag, os.getcwd())
     vars(settings)["config"] = config
     return settings
 
@@ -524,7 +513,7 @@ def _checked_entry(section: str, key: str, text: str, path: str) -> object:
         raise SettingsError(f'{where}: there is no such key (its value is "{text}").')
     if re.search(r"(^|\s)[;#]", text):
         raise SettingsError(f'{where}: "{text}": a comment needs a line of its own.')
-    return setting.parse_in(os.path.dirname(os.path.abspath(path)), text, where)
+    return setting.parse(text, where, os.path.dirname(os.path.abspath(path)))
 
 
 # ---- multipart -----------------------------------------------------------------------
@@ -985,18 +974,17 @@ DIALECTS = (
 def dialects_with(prefix: str) -> tuple[Dialect, ...]:
     """Return the rows, and those that the setting parameter_prefix adds.
 
-    With "up_" that is resumable.js's ``up_resumableIdentifier`` (its
-    parameterNamespace) and the like, and ``up_Identifier``.
+    With "up_" that is ``up_resumableIdentifier`` (resumable.js's parameterNamespace)
+    and the like, and ``up_Identifier``.
     """
     if not prefix:
         return DIALECTS
-    added = [_family("custom prefix", prefix, (404, 415, 500, 501), trusts_count=False)]
-    for row in DIALECTS:
-        pairs = row._asdict().items()
-        names = {k: prefix + v for k, v in pairs if k in _PARAMETERS and v}
-        marks = frozenset(prefix + mark for mark in row.marks)
-        added.append(row._replace(marks=marks, **names))
-    return (*DIALECTS, *added)
+    heard = DIALECTS[1].gives_up_on
+    return (
+        *DIALECTS,
+        _family("custom prefix", prefix, (404, 415, 500, 501), trusts_count=False),
+        _family("resumable.js", prefix + "resumable", heard, trusts_count=False),
+    )
 
 
 # A name of our own clients: 128 random bits of a browser, and the time of modification.
@@ -3815,19 +3803,14 @@ def parse_query(text: str, parameters: dict[str, str] | None = None) -> dict[str
     """
     found = {} if parameters is None else parameters
     pairs = text.split("&") if text else []
-    clash = ""
-    for pair in pairs[:_MAX_FIELDS]:  # to the end: the names tell whose they are
+    for pair in pairs[:_MAX_FIELDS]:
         name, _, value = pair.partition("=")
         try:
             add_parameter(found, _unquoted(name), _unquoted(value))
-        except UnicodeDecodeError:
-            clash = clash or "The address is not UTF-8."
-        except Malformed as error:
-            clash = clash or str(error)
+        except UnicodeDecodeError as error:
+            raise Malformed("The address is not UTF-8.") from error
     if len(pairs) > _MAX_FIELDS:
-        clash = "The address has too many parameters."
-    if clash:
-        raise Malformed(clash)
+        raise Malformed("The address has too many parameters.")
     return found
 
 
@@ -4510,7 +4493,7 @@ class Access:
             if origin not in self._told and len(self._told) < 100:
                 self._told.add(origin)  # its browser sees a preflight without headers
                 self.log.warning("%s", sentence)
-            raise Foreign(sentence)
+            raise Forbidden(sentence)
 
     # Who it is
 
@@ -4568,8 +4551,8 @@ _EXPOSED_HEADERS = (  # what tus and FilePond must read
 )
 
 
-def _unknown_host(host: str) -> Foreign:
-    return Foreign(
+def _unknown_host(host: str) -> Forbidden:
+    return Forbidden(
         f"This server is not known as {quoted(host)}; the setting allow_hosts names"
         " those that it answers to."
     )
@@ -5425,7 +5408,9 @@ class UploadApp:
     def _at_upload_path(self, request: Request, below: str) -> Response:
         """Answer at upload_path; what is refused is refused in the client's dialect."""
         if request.method == "OPTIONS":
-            with contextlib.suppress(Foreign):  # its browser refuses it; the log knows
+            with contextlib.suppress(
+                Forbidden
+            ):  # its browser refuses; the log knows
                 self._access.check_origin(request)
             return _preflight(request, self.settings)
         content = Content(request, self._dialects)
@@ -5687,7 +5672,6 @@ _FIRST_SIZE = 16 * 1024  # bytes of a body that come before it gets a large buff
 _MAX_LARGE_BUFFERS = 4  # more fit no processor's cache: 64 bodies got 0.8 of the rate
 _HEAD_BLOCK_SIZE = 8 * 1024  # what follows a head is copied
 _MAX_HEAD_SIZE = 64 * 1024  # flow.js writes names and paths into the address, encoded
-_MAX_LINE_SIZE = 32 * 1024
 _MAX_HEADERS = 100
 _MIN_BODY_RATE = 1024  # bytes/s on the average, once a body has taken `timeout`
 _NO_TIMEOUT_SECONDS = 86400.0  # for timeout = 0
@@ -5719,8 +5703,6 @@ def parse_head(head: bytes) -> Head:
     if len(head) > _MAX_HEAD_SIZE:
         raise HeadTooLong("The head of the request is too long.")
     line, _, rest = head.decode("latin-1").partition("\r\n")
-    if len(line) > _MAX_LINE_SIZE:
-        raise AddressTooLong("The address is too long.")
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise Malformed("The first line of the request can't be read.")

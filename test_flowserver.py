@@ -7592,7 +7592,7 @@ BAD_LINES: Dict[str, Tuple[str, int]] = {
     "star": ("GET * HTTP/1.1", 400),
     "ftp": ("GET ftp://localhost/ HTTP/1.1", 400),
     "not ASCII": ("GET /h\xe4 HTTP/1.1", 400),
-    "long address": ("GET /" + "a" * 40000 + " HTTP/1.1", 414),
+    "long address": ("GET /" + "a" * 70000 + " HTTP/1.1", 431),
 }
 
 
