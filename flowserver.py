@@ -3715,6 +3715,13 @@ class Request(NamedTuple):
         """Address and name of whoever asks, for the log."""
         return escaped(" ".join(filter(None, (self.client or "-", self.user))))
 
+    def below(self, path: str) -> str:
+        """Return a relative address: that of what lies at `path` below this one."""
+        base = self.base
+        if base is None:
+            base = urllib.parse.quote(self.path.rpartition("/")[2])
+        return f"{base}/{path}" if base else path
+
     @property
     def is_navigation(self) -> bool:
         """Whether a browser wants a page, and no script an answer."""
@@ -4614,6 +4621,13 @@ class Intake:
         path = safe_path(chunk.path, self._avoided) if chunk.path else ""
         return Upload(key, path, chunk.size, *who)
 
+    def drawn(
+        self, request: Request, identifier: str, name: str = "", size: int = -1
+    ) -> Upload:
+        """Return the upload that an identifier names which was drawn at random."""
+        chunk = Chunk(identifier, name, name, size, 0, -1, is_random=True)
+        return self.upload(request, chunk)
+
     def placed(self, upload: Upload, fields: Mapping[str, str]) -> Upload:
         """Return the upload with the path that place() wants for it."""
         if self._place is None:
@@ -4666,8 +4680,8 @@ def _require_name(name: str) -> None:
         raise Malformed("The file has no name; it may stand behind the address.")
 
 
-def _require_length(what: str, actual: int, said: int) -> None:
-    if actual != said:
+def _require_length(what: str, actual: int, said: int, beside: int = 0) -> None:
+    if not 0 <= actual - said <= beside:
         raise Malformed(
             f"The {what} has {actual} bytes, but its parameters say {said}."
         )
@@ -4712,8 +4726,6 @@ class Chunks:
             return self._delete(request, below, content)
         if request.method not in _CHUNK_METHODS:
             raise BadMethod("Chunks are sent with POST, PUT or PATCH.")
-        if request.length < 0:
-            raise LengthRequired("The request must say how long its body is.")
         if not below:
             content.read_fields()
         if content.given.get("_method") == "DELETE":  # Fine Uploader
@@ -4746,14 +4758,14 @@ class Chunks:
     def _delete(self, request: Request, below: str, content: Content) -> Response:
         row = content.dialect
         if row and not row.is_random:
-            chunk = content.chunk()
+            upload = self._intake.upload(request, content.chunk())
         elif row or below:  # Fine Uploader puts the identifier behind the address
             identifier = content.given[row.identifier] if row else below
-            chunk = Chunk(identifier, "", "", -1, 0, -1, is_random=True)
+            upload = self._intake.drawn(request, identifier)
         else:
             raise Malformed("The upload to cancel is not named.")
-        key = self._intake.upload(request, chunk).key
-        if not self._intake.cancelled(request, key) and chunk.is_random:
+        is_gone = self._intake.cancelled(request, upload.key)
+        if not is_gone and (row is None or row.is_random):
             raise Forbidden(_STAYS)  # a button of the page says "remove"
         return _NO_CONTENT
 
@@ -4762,10 +4774,10 @@ class Chunks:
 
         An empty file has no other one.
         """
-        chunk = content.chunk(_NO_PART)
+        chunk = content.chunk()
         upload = self._intake.upload(request, chunk)
         if content.given.get("qqtotalparts") == "0":
-            return self._receive_files(request, content, _NO_PART, chunk)
+            return self._receive_files(request, content, Part("", "", ""), chunk)
         status = self._store.status(upload.key)
         # A file in one chunk leaves no receipt: it was answered as complete.
         is_one = content.given.get("qqtotalparts") == "1"
@@ -4798,10 +4810,8 @@ class Chunks:
         began = time.monotonic()
         self._intake.check_size("chunk", chunk.length)
         self._intake.check_size("file", chunk.size)
-        if not content.is_form:
-            _require_length("body", request.length, chunk.length)
-        elif not 0 <= request.length - chunk.length <= _FORM_ALLOWANCE:
-            _require_length("body", request.length, chunk.length)
+        beside = _FORM_ALLOWANCE if content.is_form else 0
+        _require_length("body", request.length, chunk.length, beside)
         upload = self._intake.upload(request, chunk)
         if content.given.get("qqresume") == "true" and not self._store.status(
             upload.key
@@ -4876,8 +4886,7 @@ class Chunks:
         if not content.is_form:
             self._intake.check_size("file", at_most)
             _require_name(name)
-        chunk = Chunk(secrets.token_hex(16), name, name, -1, 0, -1, is_random=True)
-        upload = self._intake.upload(request, chunk)
+        upload = self._intake.drawn(request, secrets.token_hex(16), name)
         with self._store.receive_whole(at_most) as body:
             for block in content.blocks():
                 self._intake.check_size("file", body.size + len(block))
@@ -4910,9 +4919,6 @@ class Chunks:
         elif len(files) == 1:
             values.update(files[0], status="complete")
         return json_response(status, {**values, "files": files})
-
-
-_NO_PART = Part("", "", "")
 
 
 # ---- tus -----------------------------------------------------------------------------
@@ -4979,7 +4985,7 @@ class Tus:
             method = request.headers.get("x-http-method-override", "POST").upper()
         if method == "POST":
             return self._create(request, content)
-        upload = self._upload(request, below)
+        upload = self._intake.drawn(request, below)
         status = self._store.status(upload.key)
         if status is None:
             raise Missing("There is no such upload (any more).")
@@ -4994,10 +5000,6 @@ class Tus:
             raise Forbidden(_STAYS)
         raise BadMethod("An upload is sent with PATCH.")
 
-    def _upload(self, request: Request, identifier: str, name: str = "") -> Upload:
-        chunk = Chunk(identifier, name, name, -1, 0, -1, is_random=True)
-        return self._intake.upload(request, chunk)
-
     def _create(self, request: Request, content: Content) -> Response:
         headers = request.headers
         if "upload-concat" in headers:
@@ -5010,17 +5012,13 @@ class Tus:
         identifier = secrets.token_hex(16)
         names = (fields.get(n, "") for n in ("relativePath", "filename", "name"))
         name = next((one for one in names if one not in _ABSENT), identifier)
-        upload = self._upload(request, identifier, name)._replace(size=size)
+        upload = self._intake.drawn(request, identifier, name, size)
         upload = self._intake.placed(upload, fields)._replace(fields=fields)
         try:
             note = self._intake.note(self._store.open(upload), 0.0)
         except Conflict as error:  # tus-js-client would try again after a 409
             raise Forbidden(str(error)) from None
-        base = request.base
-        if base is None:
-            base = urllib.parse.quote(request.path.rpartition("/")[2])
-        place = f"{base}/{identifier}" if base else identifier
-        answer = (("Location", place), *self._expires())
+        answer = (("Location", request.below(identifier)), *self._expires())
         if headers.get("content-type") == _TUS_BODY and request.length > 0:
             try:
                 offset, note = self._receive(request, upload, 0, content)
@@ -5053,8 +5051,6 @@ class Tus:
     ) -> tuple[int, str]:
         """Store what a request brings; return where the next one begins, and a note."""
         end, began = start + request.length, time.monotonic()
-        if request.length < 0:
-            raise LengthRequired("The request must say how long its body is.")
         if end > upload.size:
             raise TooLarge(f"The file has {upload.size} bytes, but these end at {end}.")
         check = _Checksum(request.headers.get("upload-checksum", ""))
@@ -5193,8 +5189,7 @@ class FilePond:
         match = _FILEPOND_ID.fullmatch(identifier)
         if not match:
             raise Missing("There is no such upload.")
-        chunk = Chunk(identifier, name, name, int(match[1]), 0, -1, is_random=True)
-        return self._intake.upload(request, chunk)
+        return self._intake.drawn(request, identifier, name, int(match[1]))
 
     def _begin(self, request: Request, content: Content) -> Response:
         size = parse_integer(request.headers["upload-length"], "Upload-Length")
@@ -5235,8 +5230,6 @@ class FilePond:
         return text_response(200, str(end))._replace(note=note)
 
     def _check(self, request: Request, upload: Upload) -> None:
-        if request.length < 0:
-            raise LengthRequired("The request must say how long its body is.")
         said = request.headers.get("upload-length", str(upload.size))
         if said != str(upload.size):
             raise Malformed(f"The file has {upload.size} bytes, not {said[:40]}.")
@@ -5395,7 +5388,7 @@ class UploadApp:
             content.read_head()
             if content.dialect:  # a 200 would tell flow.js that the chunk is here
                 raise Missing(f"Chunks go to {self.settings.upload_path}.")
-            return _page_response(self.settings)
+            return _page_response(request, self.settings)
         if request.path == "/health":
             with explained():
                 free = self.store.disk.free_space(self.store.upload_dir)
@@ -5408,9 +5401,7 @@ class UploadApp:
     def _at_upload_path(self, request: Request, below: str) -> Response:
         """Answer at upload_path; what is refused is refused in the client's dialect."""
         if request.method == "OPTIONS":
-            with contextlib.suppress(
-                Forbidden
-            ):  # its browser refuses; the log knows
+            with contextlib.suppress(Forbidden):  # its browser refuses; the log knows
                 self._access.check_origin(request)
             return _preflight(request, self.settings)
         content = Content(request, self._dialects)
@@ -5421,6 +5412,8 @@ class UploadApp:
             request = self._access.admit(request)
             if request.method not in ("GET", "HEAD"):
                 self._access.check_origin(request)
+                if request.length < 0:
+                    raise LengthRequired("The request must say how long its body is.")
             response = protocol.respond(request, below, content)
         except FlowError as error:
             if isinstance(error, Forbidden) and content.is_unread_form:
@@ -5500,18 +5493,9 @@ class UploadApp:
     ) -> Iterable[bytes]:
         """Answer as a WSGI application (PEP 3333), mounted anywhere."""
         request = wsgi_request(environ)
-        is_bare = request.mount and not environ.get("PATH_INFO") and not request.query
-        if is_bare and request.method in (
-            "GET",
-            "HEAD",
-        ):  # the page's links are relative
-            place = urllib.parse.quote(request.mount + "/", encoding="latin-1")
-            kind = ("Content-Type", "text/plain")
-            response = Response(308, (("Location", place), kind), b"")
-        else:
-            if self._any_path and not _is_other_address(request):
-                request = self.at_our_address(request)
-            response = self.handle(request)
+        if self._any_path and not _is_other_address(request):
+            request = self.at_our_address(request)
+        response = self.handle(request)
         headers = list(response.headers)
         if response.status != 204:
             headers.append(("Content-Length", str(len(response.body))))
@@ -5546,10 +5530,10 @@ def _preflight(request: Request, settings: Settings) -> Response:
 # The page and the samples
 
 
-def _page_response(settings: Settings) -> Response:
+def _page_response(request: Request, settings: Settings) -> Response:
     nonce = secrets.token_urlsafe(16)
     values = {
-        "uploadPath": settings.upload_path.lstrip("/"),
+        "uploadPath": request.below(settings.upload_path[1:]),
         "chunkSize": settings.chunk_size,
         "maxFileSize": settings.max_file_size,
         "maxChunkSize": settings.max_chunk_size,
@@ -5740,8 +5724,6 @@ _SINGLE_HEADERS = frozenset(
 
 def _body_length(headers: Mapping[str, str]) -> int:
     if "transfer-encoding" in headers:
-        if "content-length" in headers:
-            raise Malformed("Content-Length and Transfer-Encoding contradict.")
         raise LengthRequired("Bodies must come with a Content-Length.")
     length = parse_length(headers.get("content-length", "0"))
     if length < 0:
@@ -5759,7 +5741,6 @@ class _Wire:
         self.timeout = server.timeout_seconds
         self.remaining = 0  # bytes of the body that were not read yet
         self._buffer: bytearray | None = None
-        self._has_begun = False  # its body was asked for
         self._wants_100 = False
         self._body_began = 0.0
         self._body_size = 0
@@ -5807,7 +5788,6 @@ class _Wire:
     def begin_body(self, head: Head) -> None:
         """The next bytes are the body of this request."""
         self.remaining = self._body_size = head.length
-        self._has_begun = False
         expected = head.headers.get("expect", "").lower()
         self._wants_100 = expected == "100-continue" and head.minor == 1
         self._body_began = time.monotonic()
@@ -5823,16 +5803,15 @@ class _Wire:
         if self._wants_100:  # judged by its head and not refused: let it come
             self._wants_100 = False
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        buffer, size = self._buffer, 0
-        if not self._has_begun:
-            self._has_begun = True
-            buffer = bytearray(min(self.remaining, _FIRST_SIZE))
-            size = self._receive(buffer, 0, at_once)
-            if at_once or size < len(buffer) or not self.remaining:
-                return buffer, size
+        first, size = bytearray(), 0
+        if self.remaining == self._body_size:  # nothing has come yet
+            first = bytearray(min(self.remaining, _FIRST_SIZE))
+            size = self._receive(first, 0, at_once)
+            if at_once or size < len(first) or not self.remaining:
+                return first, size
         if self._buffer is None:
             self._buffer = self.server.take_buffer()
-            self._buffer[:size] = buffer[:size] if buffer else b""
+            self._buffer[:size] = first
         return self._buffer, self._receive(self._buffer, size, at_once)
 
     def _receive(self, buffer: bytearray, size: int, at_once: bool) -> int:

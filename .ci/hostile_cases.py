@@ -96,6 +96,8 @@ HEADS = [
             _with(b"Transfer-Encoding: xchunked\r\n"),
         ),
         ("chunked_after_tab", _TE, _with(b"Transfer-Encoding:\tchunked\r\n")),
+        ("length_and_encoding", _STD, _with(b"Content-Length: 0\r\n" + _CHUNKED)),
+        ("encoding_and_length", _STD, _with(_CHUNKED + b"Content-Length: 0\r\n")),
         ("chunked_in_1_0", _TE, b"POST /upload HTTP/1.0\r\n" + _CHUNKED + b"\r\n"),
         (
             "chunked_get",
@@ -114,8 +116,6 @@ HEADS = [
     ),
     *_heads(
         "400",
-        ("length_and_encoding", _STD, _with(b"Content-Length: 0\r\n" + _CHUNKED)),
-        ("encoding_and_length", _STD, _with(_CHUNKED + b"Content-Length: 0\r\n")),
         (
             "encoding_with_blank_before_colon",
             _STD,
