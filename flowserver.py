@@ -782,9 +782,9 @@ def _parse_part(header: bytes) -> Part:
     if match:
         return Part(match[1], match[2], match[3] or "")
     fields: dict[str, str] = {}
-    for line in text.split("\r\n")[:17]:
+    for line in text.split("\r\n"):
         match = _PART_HEADER.fullmatch(line)
-        if not match or match[1].lower() in fields or len(fields) == 16:
+        if not match or match[1].lower() in fields:
             raise Malformed("A part of the form has a header that can't be read.")
         fields[match[1].lower()] = match[2].strip()
     word, options = parse_options(fields.get("content-disposition", ""))
@@ -1090,18 +1090,16 @@ def parse_chunk(
         size = integer(row.total) if is_said else -1
         return row.amend(upload._replace(size=size), parameters)
     number = integer(row.number) - row.first if row.number else 0
-    nominal = integer(row.nominal) if row.nominal else 0
+    nominal = integer(row.nominal) if row.nominal else None
+    count = integer(row.chunks) if parameters.get(row.chunks) else None
     chunk = upload._replace(
         size=integer(row.total),
-        start=integer(row.start) if row.start else number * nominal,
+        start=integer(row.start) if row.start else number * (nominal or 0),
         length=integer(row.length) if row.length else length,
     )
     chunk = row.amend(chunk, parameters)
     _check_chunk(chunk)
-    if row.nominal:
-        _check_nominal(chunk, number, nominal)
-    if parameters.get(row.chunks):
-        _check_count(chunk, integer(row.chunks), number, nominal)
+    _check_place(chunk, number, nominal, count)
     return chunk
 
 
@@ -1115,41 +1113,29 @@ def _check_chunk(chunk: Chunk) -> None:
         raise Malformed("The chunk is empty, but the file is not.")
 
 
-def _check_nominal(chunk: Chunk, number: int, nominal: int) -> None:
-    """Hold a chunk against the size that all but the last have; numbers are from 0."""
-    if number < 0 or nominal < 1:
-        raise Malformed("The chunk's number or size is below the first possible one.")
-    if chunk.start != number * nominal:
-        raise Malformed(
-            f"Chunk {number} of {nominal} bytes each does not begin at {chunk.start}."
-        )
-    if chunk.start + chunk.length < chunk.size and chunk.length != nominal:
-        raise Malformed(
-            f"The chunk has {chunk.length} bytes, but all chunks except the last have"
-            f" {nominal}."
-        )
-    # flow.js's last chunk takes the remainder, unless forceChunkSize gives it its own.
-    if chunk.length >= 2 * nominal:
-        raise Malformed(
-            f"The last chunk has {chunk.length} bytes, which does not go with chunks of"
-            f" {nominal}."
-        )
-
-
-def _check_count(chunk: Chunk, count: int, number: int, nominal: int) -> None:
-    """Hold a chunk against how many there are.
+def _check_place(
+    chunk: Chunk, number: int, nominal: int | None, count: int | None
+) -> None:
+    """Hold a chunk against its number, which is from 0, and what all of them have.
 
     Were the last one not the end, then all would be taken and the file never complete.
     """
     size, end = chunk.size, chunk.start + chunk.length
-    fewest, most = count, count
-    if nominal:
-        fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
-    fits = fewest <= count <= most and (number > 0) == (chunk.start > 0)
-    if not fits or number >= count or (number == count - 1) != (end == size):
+    fits, is_last = number >= 0, end == size
+    if nominal is not None:
+        # flow.js's last one takes the rest, unless forceChunkSize gives it its own.
+        is_usual = chunk.length < 2 * nominal if is_last else chunk.length == nominal
+        fits = fits and is_usual and chunk.start == number * nominal
+    if count is not None:
+        is_among = number < count and (number > 0) == (chunk.start > 0)
+        fits = fits and is_among and (number == count - 1) == is_last
+    if fits and nominal and count is not None:
+        fits = count in (max(size // nominal, 1), max(-(-size // nominal), 1))
+    if not fits:
+        of_all = "" if count is None else f" of {count}"
         raise Malformed(
-            f"Chunk {number + 1} of {count} does not go with bytes {chunk.start} to"
-            f" {end} of {size}."
+            f"Chunk {number + 1}{of_all} does not go with bytes {chunk.start} to {end}"
+            f" of {size}."
         )
 
 
@@ -3681,7 +3667,6 @@ $('#version').textContent = `flowserver ${settings.version}`;
 # Law: what came, as parameters and blocks, and what goes back.  Nothing here decides
 # whether it may come, or what becomes of it.
 
-_MAX_FIELDS = 200  # of an address; PHP takes 1,000 of a form, Django too
 _MAX_FIELD_SIZE = 64 * 1024  # bytes of all text fields of a form; Starlette: 1 MiB each
 _FILE_AS_TEXT = "The file came as text: set chunkFormat to 'blob' (resumable.js)."
 
@@ -3809,15 +3794,12 @@ def parse_query(text: str, parameters: dict[str, str] | None = None) -> dict[str
     ";" separates nothing, and a name given twice must have one value.
     """
     found = {} if parameters is None else parameters
-    pairs = text.split("&") if text else []
-    for pair in pairs[:_MAX_FIELDS]:
+    for pair in text.split("&") if text else ():
         name, _, value = pair.partition("=")
         try:
             add_parameter(found, _unquoted(name), _unquoted(value))
         except UnicodeDecodeError as error:
             raise Malformed("The address is not UTF-8.") from error
-    if len(pairs) > _MAX_FIELDS:
-        raise Malformed("The address has too many parameters.")
     return found
 
 
@@ -5332,7 +5314,7 @@ class UploadApp:
         try:
             if self._clock() - self._swept > _SWEEP_SECONDS:
                 self.sweep()
-            elif self._clock() - self._counted > _FIGURE_SECONDS:
+            else:
                 self._counted = self._clock()
                 self.store.count()
         except FlowError as error:
@@ -6515,9 +6497,6 @@ def _trials(
         yield True, "a rename never overwrites"
     else:
         yield True, "no hard links: names are checked under a lock (see README)"
-    milliseconds = _flush_seconds(store.disk, fd) * 1000
-    state = "on" if settings.sync else "off"
-    yield True, f"a flush takes {milliseconds:.2f} ms (sync is {state})"
     free, floor = store.disk.free_space(store.upload_dir), settings.min_free_space
     space = f"{free >> 20} MiB are free, min_free_space is {floor >> 20} MiB"
     yield free > floor, space
@@ -6534,14 +6513,6 @@ def _locks_hold(disk: Disk, path: str, fd: int) -> bool:
     disk.lock(fd)
     command = [sys.executable, "-I", "-c", program, os.path.abspath(__file__), path]
     return subprocess.run(command, check=False).returncode == 6
-
-
-def _flush_seconds(disk: Disk, fd: int) -> float:
-    began = time.perf_counter()
-    for number in range(10):
-        disk.write(fd, b"flowserver", number * 4096)
-        os.fsync(fd)
-    return (time.perf_counter() - began) / 10
 
 
 def _warn_if_open(server: FlowServer) -> None:
