@@ -6400,12 +6400,18 @@ def _add_user(settings: Settings, name: str) -> int:
     if not name.isprintable() or not re.fullmatch(r"[^\s#:]([^:]*[^\s:])?", name):
         raise SettingsError(f"{quoted(name)} can't be the name of a user.")
     line = f"{name}:{hash_password(_ask_password(name))}"
-    path = os.path.realpath(settings.users_file)  # a link to it stays one
+    path, disk = settings.users_file, Disk()
     try:
-        with _changing(path) as lines:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # a new one is private
+        with lock_of(disk, path) as fd:
+            with open(path, encoding="utf-8-sig") as file:
+                lines = [one.rstrip("\n") for one in file]
             others = [one for one in lines if one.partition(":")[0].strip() != name]
             is_new = len(others) == len(lines)
-            lines[:] = [*others, line]
+            data = "".join(f"{one}\n" for one in (*others, line)).encode("utf-8")
+            disk.write(fd, data, 0)
+            disk.truncate(fd, len(data))
+            disk.flush(fd)
     except (OSError, UnicodeDecodeError) as error:
         raise Trouble(f"The file of users can't be changed: {error}.") from error
     what = f"{name} is added" if is_new else f"{name}'s password is changed"
@@ -6427,40 +6433,6 @@ def _ask_password(name: str) -> str:
     if "\0" in password:
         raise SettingsError("The password holds a character that can't be typed.")
     return password
-
-
-@contextlib.contextmanager
-def _changing(path: str) -> Iterator[list[str]]:
-    """Yield the lines of a file; what became of them takes its place at once.
-
-    One process does so at a time.  Owner and mode stay; a new file is private.
-    """
-    lines, new = [], f"{path}.new"
-    file = open(_open_alone(new), "wb")
-    with contextlib.ExitStack() as undo:
-        undo.callback(discard, Disk(), new)
-        with file:
-            if os.path.exists(path):
-                with open(path, encoding="utf-8-sig") as old:
-                    lines = [line.rstrip("\n") for line in old]
-                if hasattr(os, "chown"):
-                    os.chown(new, os.stat(path).st_uid, os.stat(path).st_gid)
-                shutil.copymode(path, new)
-            yield lines
-            file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-        undo.pop_all()
-
-
-def _open_alone(path: str) -> int:
-    """Make a file that keeps others out while it is there; wait five seconds for it."""
-    for _ in range(250):
-        with contextlib.suppress(FileExistsError):
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        time.sleep(0.02)
-    raise FileExistsError(errno.EEXIST, "Another --add-user works, or left this", path)
 
 
 def _check(settings: Settings) -> int:

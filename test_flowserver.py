@@ -8747,15 +8747,6 @@ class CommandLineTest(InFolder):
         found = re.findall("(?m)^[^:]+", source_of(users))
         self.assertEqual(sorted(found), names)
 
-    def test_file_that_another_one_has_left_in_the_way_is_named(self) -> None:
-        self.path("users.new", "")
-        with mock.patch.object(sys, "stdin", io.StringIO("x\n")):
-            with mock.patch.object(flowserver.time, "sleep"):
-                flags = ("--users-file", self.path("users"), "--add-user", "a")
-                status, _, err = run_main(*flags)
-        self.assertEqual(status, 1)
-        self.assertIn("users.new", err)
-
     def test_user_without_a_password_is_not_added(self) -> None:
         with mock.patch.object(sys, "stdin", io.StringIO("\n")):
             status, _, err = run_main("--users-file", self.path("u"), "--add-user", "a")
