@@ -3735,6 +3735,14 @@ def json_response(status: int, values: Mapping[str, object]) -> Response:
     return Response(status, headers, _compact_json(values).encode())
 
 
+def refusal(error: FlowError, status: int = 0) -> Response:
+    """Return what is told of an error, with its status unless one is given."""
+    values = {"success": False, "error": str(error)}
+    if error.is_final:
+        values["preventRetry"] = True  # Fine Uploader
+    return json_response(status or error.status, values)
+
+
 _JSON = "application/json"
 _JSON_HEADERS = (
     ("Content-Type", _JSON),
@@ -4310,14 +4318,17 @@ class _Senders:
 
     def sender(self, request: Request) -> str:
         """Return who sends: whom a valid cookie names, else what is seen now."""
-        return self._remembered(request) or self._seen(*_seen_of(request))[0]
+        return self._remembered(request) or self._now(request)[0]
 
     def cookie(self, request: Request) -> tuple[tuple[str, str], ...]:
         """Return the header that sets a cookie, where there is no valid one."""
         if self._remembered(request):
             return ()
         secure = "; Secure" if request.scheme == "https" else ""
-        return (("Set-Cookie", self._seen(*_seen_of(request))[1] + secure),)
+        return (("Set-Cookie", self._now(request)[1] + secure),)
+
+    def _now(self, request: Request) -> tuple[str, str]:
+        return self._seen(request.client, request.headers.get("user-agent", ""))
 
     def _remembered(self, request: Request) -> str:
         if "cookie" not in request.headers:
@@ -4339,10 +4350,6 @@ class _Senders:
     def _hash(self, *words: str) -> str:
         text = json.dumps(words).encode()
         return hmac.new(self._key, text, hashlib.sha256).hexdigest()[:32]
-
-
-def _seen_of(request: Request) -> tuple[str, str]:
-    return request.client, request.headers.get("user-agent", "")
 
 
 def _cookies(request: Request) -> Iterator[tuple[str, str]]:
@@ -4464,12 +4471,15 @@ class Access:
         """
         host = _host_name(request.headers.get("host", ""))
         is_local = not host or _LOOPBACK_NAME.fullmatch(host)
-        if request.is_loopback and not is_local and host not in self._allowed_hosts:
-            raise _unknown_host(host)
+        asked = [host] if request.is_loopback and not is_local else []
         if self._allowed_hosts:
-            seen = _host_name(_seen_host(request))
-            if seen not in self._allowed_hosts:
-                raise _unknown_host(seen)
+            asked.append(_host_name(_seen_host(request)))
+        for host in asked:
+            if host not in self._allowed_hosts:
+                raise Forbidden(
+                    f"This server is not known as {quoted(host)}; the setting"
+                    " allow_hosts names those that it answers to."
+                )
 
     def check_origin(self, request: Request) -> None:
         """Refuse what a page of another site makes a visitor's browser send."""
@@ -4544,13 +4554,6 @@ _EXPOSED_HEADERS = (  # what tus and FilePond must read
     "Location, Upload-Offset, Upload-Length, Upload-Metadata, Upload-Expires,"
     " Tus-Resumable, Tus-Version, Tus-Extension, Tus-Max-Size, Tus-Checksum-Algorithm"
 )
-
-
-def _unknown_host(host: str) -> Forbidden:
-    return Forbidden(
-        f"This server is not known as {quoted(host)}; the setting allow_hosts names"
-        " those that it answers to."
-    )
 
 
 # ---- intake --------------------------------------------------------------------------
@@ -4663,6 +4666,20 @@ class Intake:
         return is_gone
 
 
+class Protocol:
+    """A way of uploading; the first one that speaks() a request will respond()."""
+
+    headers: tuple[tuple[str, str], ...] = ()  # of each answer
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._store = intake.store
+
+    def speaks(self, request: Request, content: Content) -> bool:
+        """Whether a request is of this protocol."""
+        return True
+
+
 def _require_name(name: str) -> None:
     if not name:
         raise Malformed("The file has no name; it may stand behind the address.")
@@ -4691,18 +4708,8 @@ def _file_values(done: Done) -> dict[str, object]:
     return {**names, "size": done.size}
 
 
-class Chunks:
-    """The chunk uploaders, and whole files: forms and PUT."""
-
-    headers = ()  # of each answer
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-        self._store = intake.store
-
-    def speaks(self, request: Request, content: Content) -> bool:
-        """Whether a request is of this protocol: what is of no other one."""
-        return True
+class Chunks(Protocol):
+    """The chunk uploaders, and whole files: forms and PUT; what is of no other one."""
 
     def respond(self, request: Request, below: str, content: Content) -> Response:
         """Answer a request at the upload address, or `below` it."""
@@ -4951,14 +4958,10 @@ def tus_options(settings: Settings) -> tuple[tuple[str, str], ...]:
     )
 
 
-class Tus:
+class Tus(Protocol):
     """The tus protocol; an upload lives at ``<upload_path>/<id>``."""
 
     headers = (("Tus-Resumable", _TUS_VERSION), ("Tus-Version", _TUS_VERSION))
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-        self._store = intake.store
 
     def speaks(self, request: Request, content: Content) -> bool:
         """Whether a request is of this protocol."""
@@ -5140,14 +5143,8 @@ def format_metadata(fields: Mapping[str, str]) -> str:
 _FILEPOND_ID = re.compile("[0-9a-f]{32}-([0-9]{1,15})")
 
 
-class FilePond:
+class FilePond(Protocol):
     """FilePond's protocol of POST, PATCH and HEAD ``?patch=<id>``, and DELETE."""
-
-    headers = ()
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-        self._store = intake.store
 
     def speaks(self, request: Request, content: Content) -> bool:
         """Whether a request is of this protocol."""
@@ -5422,10 +5419,7 @@ class UploadApp:
         status = dialect.status_of(error) if dialect else error.status
         if error.__cause__ is not None:
             self.log.warning("%s (%s)", error, quoted(str(error.__cause__)))
-        values = {"success": False, "error": str(error)}
-        if error.is_final:
-            values["preventRetry"] = True  # Fine Uploader
-        response = json_response(status, values)
+        response = refusal(error, status)
         if request.is_navigation and request.method == "POST":
             response = files_page(status, [{"name": "", "error": str(error)}])
         return response.with_headers(("Allow", methods)) if status == 405 else response
@@ -5434,8 +5428,8 @@ class UploadApp:
         self, request: Request, response: Response, seconds: float
     ) -> None:
         if self.log.isEnabledFor(logging.INFO):
-            refusal = escaped(response.body.decode()) if response.status >= 400 else ""
-            what = " ".join(filter(None, ("", response.note, refusal)))
+            told = escaped(response.body.decode()) if response.status >= 400 else ""
+            words = filter(None, (response.note, told))
             self.log.info(
                 "%s %s %s %d %d bytes %.3f s%s",
                 escaped(request.client or "-"),
@@ -5444,7 +5438,7 @@ class UploadApp:
                 response.status,
                 max(request.length, 0),
                 seconds,
-                " " + what if what else "",
+                "".join(f" {word}" for word in words),
             )
 
     def _completed(self, done: Done) -> None:
@@ -5681,7 +5675,12 @@ def parse_head(head: bytes) -> Head:
     headers = _parse_headers(rest)
     if "host" not in headers and match[3] == "1":
         raise Malformed("The request names no host.")
-    return Head(match[1], match[2], int(match[3]), headers, _body_length(headers))
+    if "transfer-encoding" in headers:
+        raise LengthRequired("Bodies must come with a Content-Length.")
+    length = parse_length(headers.get("content-length", "0"))
+    if length < 0:
+        raise Malformed("The Content-Length is not a number.")
+    return Head(match[1], match[2], int(match[3]), headers, length)
 
 
 def _parse_headers(text: str) -> dict[str, str]:
@@ -5708,15 +5707,6 @@ _SINGLE_HEADERS = frozenset(
     ("content-length", "content-type", "host", "transfer-encoding", "authorization")
     + ("origin", "expect")
 )
-
-
-def _body_length(headers: Mapping[str, str]) -> int:
-    if "transfer-encoding" in headers:
-        raise LengthRequired("Bodies must come with a Content-Length.")
-    length = parse_length(headers.get("content-length", "0"))
-    if length < 0:
-        raise Malformed("The Content-Length is not a number.")
-    return length
 
 
 class _Wire:
@@ -5984,9 +5974,7 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
         log = self.server.app.log
         log.info("%s refused: %s (%d)", self.client, error, error.status)
         self.wire.remaining = 1 << 62  # unknown: what follows is not read as a request
-        values = {"success": False, "error": str(error)}
-        response = json_response(error.status, values)
-        self._send(Head("", "", 0, {}, 0), response)
+        self._send(Head("", "", 0, {}, 0), refusal(error))
 
     def _send(self, head: Head, response: Response) -> bool:
         """Send a response in one write; return whether the connection goes on."""
@@ -6185,11 +6173,11 @@ class FlowServer(http.server.ThreadingHTTPServer):
         return True
 
     def _turn_away(self, request: socket.socket) -> None:
-        values = {"success": False, "error": "The server has too many connections."}
+        response = refusal(Trouble("The server has too many connections."))
         with contextlib.suppress(OSError):
             request.settimeout(0)
             if self.tls is None:
-                request.send(_response_bytes("", json_response(503, values), False))
+                request.send(_response_bytes("", response, False))
         self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
