@@ -3161,8 +3161,7 @@ PAGE = r"""<!DOCTYPE html>
 <html lang="en"><head>
 <meta charset="utf-8"><title>Upload – flowserver</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9
-' stroke='%232b7a9b' fill='none'%3E%3Cpath d='M4.5 6V1M2 3l2.5-2L7 3M1 6v2h7V6'/%3E%3C/svg%3E">
+<link rel="icon" href="data:,">
 <style nonce="__NONCE__">
 :root { color-scheme: light dark; scrollbar-gutter: stable;
   --page: #f3f5f7; --card: #fff; --ink: #1d2733; --soft: #556170; --line: #d9e0e6; --rail: #e4e9ee;
@@ -3173,7 +3172,7 @@ PAGE = r"""<!DOCTYPE html>
 * { box-sizing: border-box; margin: 0; padding: 0; } [hidden], ul:empty { display: none !important }
 body { padding: clamp(1rem, 4vw, 3rem) 1rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-main, footer { max-width: 46rem; margin: 0 auto; } footer { margin-top: 2rem; text-align: center; }
+main { max-width: 46rem; margin: 0 auto; }
 h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -.01em; }
 h2, .name { flex: 1; font-size: inherit; font-weight: 600; }
 section, ul { margin-top: 1.25rem; background: var(--card); border: 1px solid var(--line);
@@ -3192,9 +3191,9 @@ svg { width: 1.1rem; height: 1.1rem; vertical-align: -.2em; fill: none; stroke: 
 progress { appearance: none; display: block; width: 100%; height: .4rem; border: 0;
   border-radius: .3rem; background: var(--rail); overflow: hidden; }
 progress::-webkit-progress-bar { background: var(--rail); }
-progress::-webkit-progress-value { background: var(--bar, var(--accent)); transition: width .25s; }
+progress::-webkit-progress-value { background: var(--bar, var(--accent)); }
 progress::-moz-progress-bar { background: var(--bar, var(--accent)); }
-.soft, .numbers, footer { color: var(--soft); font-size: .9rem; }
+.soft, .numbers { color: var(--soft); font-size: .9rem; }
 .row, .words, .buttons { display: flex; gap: .75rem; justify-content: space-between; }
 .words { flex-wrap: wrap; gap: 0 1rem; margin-top: .5rem; font-size: .9rem; }
 .words > * { min-width: 6em; min-height: 1.5em; overflow-wrap: anywhere; }
@@ -3214,7 +3213,6 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
 #news { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (max-width: 34rem) { .words, #drop .buttons { flex-direction: column; }
   .numbers { text-align: start; } #all .buttons button { flex: 1 1 8rem; } }
-@media (prefers-reduced-motion: reduce) { progress::-webkit-progress-value { transition: none; } }
 @media (forced-colors: active) { progress { border: 1px solid; --rail: Canvas; --bar: Highlight; } }
 </style></head>
 <body><main>
@@ -3248,7 +3246,7 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
     </div>
   </section>
   <ul id="list" role="list" aria-label="Files"></ul><p id="news" role="status"></p>
-</main><footer id="version"></footer>
+</main>
 <template><li><div class="row">
     <p class="name"><bdi></bdi></p>
     <button class="icon toggle"><svg viewBox="0 0 16 16"><path/></svg></button>
@@ -3259,7 +3257,6 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
 <script type="application/json" nonce="__NONCE__" id="settings">__SETTINGS__</script>
 <script nonce="__NONCE__">
 'use strict';
-// A chunk is a range of bytes of a file. An index counts from 0, a number from 1.
 const $ = (selector, within = document) => within.querySelector(selector);
 const settings = JSON.parse($('#settings').textContent);
 const chunkSize = Math.min(settings.chunkSize, settings.maxChunkSize || Infinity);
@@ -3659,7 +3656,6 @@ window.ondrop = event => {
   add(filesOf(items.map(item => item.webkitGetAsEntry() || item.getAsFile()).filter(Boolean)));
 };
 $('#limit').textContent = settings.maxFileSize ? limit : '';
-$('#version').textContent = `flowserver ${settings.version}`;
 </script></body></html>"""  # noqa: E501
 
 
@@ -5520,7 +5516,6 @@ def _page_response(request: Request, settings: Settings) -> Response:
         "maxFileSize": settings.max_file_size,
         "maxChunkSize": settings.max_chunk_size,
         "timeout": settings.timeout,
-        "version": __version__,
     }
     policy = (
         f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}';"
