@@ -144,12 +144,6 @@ class LengthRequired(Malformed):
     status = 411
 
 
-class AddressTooLong(Malformed):
-    """The first line of the request is longer than we take."""
-
-    status = 414
-
-
 class HeadTooLong(Malformed):
     """The head of the request is longer than we take."""
 
@@ -172,10 +166,6 @@ class Forbidden(FlowError):
     """This client may not do this here."""
 
     status = 403
-
-
-class Foreign(Forbidden):
-    """Another site's page, or a host name that is not ours."""
 
 
 class Unauthorized(FlowError):
@@ -354,16 +344,15 @@ class Setting(Generic[T]):
         ) -> None:
             """Say what a Settings() may be given; nothing is set later."""
 
-    def parse(self, text: str, where: str) -> T:
-        """Return the value of `text`; raise SettingsError, naming `where` it stood."""
+    def parse(self, text: str, where: str, folder: str = "") -> Any:
+        """Return the value of `text`, a path relative to `folder`.
+
+        Raises SettingsError, naming `where` it stood.
+        """
         try:
-            return self.read(text.strip())
+            value: Any = self.read(text.strip())
         except ValueError as error:
             raise SettingsError(f'{where}: "{text}" {error}.') from error
-
-    def parse_in(self, folder: str, text: str, where: str) -> Any:
-        """Do as parse() does; a path is relative to `folder`."""
-        value: Any = self.parse(text, where)
         is_path = value and self.read in (_path, _required_path)
         return os.path.join(folder, value) if is_path else value
 
@@ -494,7 +483,7 @@ def load_settings(config: str, flags: Mapping[str, str]) -> Settings:
         vars(settings).update(_read_config(config))
     for name, text in flags.items():
         flag = "--" + name.replace("_", "-")
-        vars(settings)[name] = table[name].parse_in(os.getcwd(), text, flag)
+        vars(settings)[name] = table[name].parse(text, flag, os.getcwd())
     vars(settings)["config"] = config
     return settings
 
@@ -524,7 +513,7 @@ def _checked_entry(section: str, key: str, text: str, path: str) -> object:
         raise SettingsError(f'{where}: there is no such key (its value is "{text}").')
     if re.search(r"(^|\s)[;#]", text):
         raise SettingsError(f'{where}: "{text}": a comment needs a line of its own.')
-    return setting.parse_in(os.path.dirname(os.path.abspath(path)), text, where)
+    return setting.parse(text, where, os.path.dirname(os.path.abspath(path)))
 
 
 # ---- multipart -----------------------------------------------------------------------
@@ -793,9 +782,9 @@ def _parse_part(header: bytes) -> Part:
     if match:
         return Part(match[1], match[2], match[3] or "")
     fields: dict[str, str] = {}
-    for line in text.split("\r\n")[:17]:
+    for line in text.split("\r\n"):
         match = _PART_HEADER.fullmatch(line)
-        if not match or match[1].lower() in fields or len(fields) == 16:
+        if not match or match[1].lower() in fields:
             raise Malformed("A part of the form has a header that can't be read.")
         fields[match[1].lower()] = match[2].strip()
     word, options = parse_options(fields.get("content-disposition", ""))
@@ -985,18 +974,17 @@ DIALECTS = (
 def dialects_with(prefix: str) -> tuple[Dialect, ...]:
     """Return the rows, and those that the setting parameter_prefix adds.
 
-    With "up_" that is resumable.js's ``up_resumableIdentifier`` (its
-    parameterNamespace) and the like, and ``up_Identifier``.
+    With "up_" that is ``up_resumableIdentifier`` (resumable.js's parameterNamespace)
+    and the like, and ``up_Identifier``.
     """
     if not prefix:
         return DIALECTS
-    added = [_family("custom prefix", prefix, (404, 415, 500, 501), trusts_count=False)]
-    for row in DIALECTS:
-        pairs = row._asdict().items()
-        names = {k: prefix + v for k, v in pairs if k in _PARAMETERS and v}
-        marks = frozenset(prefix + mark for mark in row.marks)
-        added.append(row._replace(marks=marks, **names))
-    return (*DIALECTS, *added)
+    heard = DIALECTS[1].gives_up_on
+    return (
+        *DIALECTS,
+        _family("custom prefix", prefix, (404, 415, 500, 501), trusts_count=False),
+        _family("resumable.js", prefix + "resumable", heard, trusts_count=False),
+    )
 
 
 # A name of our own clients: 128 random bits of a browser, and the time of modification.
@@ -1102,18 +1090,16 @@ def parse_chunk(
         size = integer(row.total) if is_said else -1
         return row.amend(upload._replace(size=size), parameters)
     number = integer(row.number) - row.first if row.number else 0
-    nominal = integer(row.nominal) if row.nominal else 0
+    nominal = integer(row.nominal) if row.nominal else None
+    count = integer(row.chunks) if parameters.get(row.chunks) else None
     chunk = upload._replace(
         size=integer(row.total),
-        start=integer(row.start) if row.start else number * nominal,
+        start=integer(row.start) if row.start else number * (nominal or 0),
         length=integer(row.length) if row.length else length,
     )
     chunk = row.amend(chunk, parameters)
     _check_chunk(chunk)
-    if row.nominal:
-        _check_nominal(chunk, number, nominal)
-    if parameters.get(row.chunks):
-        _check_count(chunk, integer(row.chunks), number, nominal)
+    _check_place(chunk, number, nominal, count)
     return chunk
 
 
@@ -1127,41 +1113,29 @@ def _check_chunk(chunk: Chunk) -> None:
         raise Malformed("The chunk is empty, but the file is not.")
 
 
-def _check_nominal(chunk: Chunk, number: int, nominal: int) -> None:
-    """Hold a chunk against the size that all but the last have; numbers are from 0."""
-    if number < 0 or nominal < 1:
-        raise Malformed("The chunk's number or size is below the first possible one.")
-    if chunk.start != number * nominal:
-        raise Malformed(
-            f"Chunk {number} of {nominal} bytes each does not begin at {chunk.start}."
-        )
-    if chunk.start + chunk.length < chunk.size and chunk.length != nominal:
-        raise Malformed(
-            f"The chunk has {chunk.length} bytes, but all chunks except the last have"
-            f" {nominal}."
-        )
-    # flow.js's last chunk takes the remainder, unless forceChunkSize gives it its own.
-    if chunk.length >= 2 * nominal:
-        raise Malformed(
-            f"The last chunk has {chunk.length} bytes, which does not go with chunks of"
-            f" {nominal}."
-        )
-
-
-def _check_count(chunk: Chunk, count: int, number: int, nominal: int) -> None:
-    """Hold a chunk against how many there are.
+def _check_place(
+    chunk: Chunk, number: int, nominal: int | None, count: int | None
+) -> None:
+    """Hold a chunk against its number, which is from 0, and what all of them have.
 
     Were the last one not the end, then all would be taken and the file never complete.
     """
     size, end = chunk.size, chunk.start + chunk.length
-    fewest, most = count, count
-    if nominal:
-        fewest, most = max(size // nominal, 1), max(-(-size // nominal), 1)
-    fits = fewest <= count <= most and (number > 0) == (chunk.start > 0)
-    if not fits or number >= count or (number == count - 1) != (end == size):
+    fits, is_last = number >= 0, end == size
+    if nominal is not None:
+        # flow.js's last one takes the rest, unless forceChunkSize gives it its own.
+        is_usual = chunk.length < 2 * nominal if is_last else chunk.length == nominal
+        fits = fits and is_usual and chunk.start == number * nominal
+    if count is not None:
+        is_among = number < count and (number > 0) == (chunk.start > 0)
+        fits = fits and is_among and (number == count - 1) == is_last
+    if fits and nominal and count is not None:
+        fits = count in (max(size // nominal, 1), max(-(-size // nominal), 1))
+    if not fits:
+        of_all = "" if count is None else f" of {count}"
         raise Malformed(
-            f"Chunk {number + 1} of {count} does not go with bytes {chunk.start} to"
-            f" {end} of {size}."
+            f"Chunk {number + 1}{of_all} does not go with bytes {chunk.start} to {end}"
+            f" of {size}."
         )
 
 
@@ -3072,8 +3046,7 @@ PAGE = r"""<!DOCTYPE html>
 <html lang="en"><head>
 <meta charset="utf-8"><title>Upload – flowserver</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9
-' stroke='%232b7a9b' fill='none'%3E%3Cpath d='M4.5 6V1M2 3l2.5-2L7 3M1 6v2h7V6'/%3E%3C/svg%3E">
+<link rel="icon" href="data:,">
 <style nonce="__NONCE__">
 :root { color-scheme: light dark; scrollbar-gutter: stable;
   --page: #f3f5f7; --card: #fff; --ink: #1d2733; --soft: #556170; --line: #d9e0e6; --rail: #e4e9ee;
@@ -3084,7 +3057,7 @@ PAGE = r"""<!DOCTYPE html>
 * { box-sizing: border-box; margin: 0; padding: 0; } [hidden], ul:empty { display: none !important }
 body { padding: clamp(1rem, 4vw, 3rem) 1rem; background: var(--page); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-main, footer { max-width: 46rem; margin: 0 auto; } footer { margin-top: 2rem; text-align: center; }
+main { max-width: 46rem; margin: 0 auto; }
 h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -.01em; }
 h2, .name { flex: 1; font-size: inherit; font-weight: 600; }
 section, ul { margin-top: 1.25rem; background: var(--card); border: 1px solid var(--line);
@@ -3103,9 +3076,9 @@ svg { width: 1.1rem; height: 1.1rem; vertical-align: -.2em; fill: none; stroke: 
 progress { appearance: none; display: block; width: 100%; height: .4rem; border: 0;
   border-radius: .3rem; background: var(--rail); overflow: hidden; }
 progress::-webkit-progress-bar { background: var(--rail); }
-progress::-webkit-progress-value { background: var(--bar, var(--accent)); transition: width .25s; }
+progress::-webkit-progress-value { background: var(--bar, var(--accent)); }
 progress::-moz-progress-bar { background: var(--bar, var(--accent)); }
-.soft, .numbers, footer { color: var(--soft); font-size: .9rem; }
+.soft, .numbers { color: var(--soft); font-size: .9rem; }
 .row, .words, .buttons { display: flex; gap: .75rem; justify-content: space-between; }
 .words { flex-wrap: wrap; gap: 0 1rem; margin-top: .5rem; font-size: .9rem; }
 .words > * { min-width: 6em; min-height: 1.5em; overflow-wrap: anywhere; }
@@ -3125,7 +3098,6 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
 #news { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 @media (max-width: 34rem) { .words, #drop .buttons { flex-direction: column; }
   .numbers { text-align: start; } #all .buttons button { flex: 1 1 8rem; } }
-@media (prefers-reduced-motion: reduce) { progress::-webkit-progress-value { transition: none; } }
 @media (forced-colors: active) { progress { border: 1px solid; --rail: Canvas; --bar: Highlight; } }
 </style></head>
 <body><main>
@@ -3159,7 +3131,7 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
     </div>
   </section>
   <ul id="list" role="list" aria-label="Files"></ul><p id="news" role="status"></p>
-</main><footer id="version"></footer>
+</main>
 <template><li><div class="row">
     <p class="name"><bdi></bdi></p>
     <button class="icon toggle"><svg viewBox="0 0 16 16"><path/></svg></button>
@@ -3170,7 +3142,6 @@ li.done .state { color: var(--good); } .failed .state, .lost .state { color: var
 <script type="application/json" nonce="__NONCE__" id="settings">__SETTINGS__</script>
 <script nonce="__NONCE__">
 'use strict';
-// A chunk is a range of bytes of a file. An index counts from 0, a number from 1.
 const $ = (selector, within = document) => within.querySelector(selector);
 const settings = JSON.parse($('#settings').textContent);
 const chunkSize = Math.min(settings.chunkSize, settings.maxChunkSize || Infinity);
@@ -3570,7 +3541,6 @@ window.ondrop = event => {
   add(filesOf(items.map(item => item.webkitGetAsEntry() || item.getAsFile()).filter(Boolean)));
 };
 $('#limit').textContent = settings.maxFileSize ? limit : '';
-$('#version').textContent = `flowserver ${settings.version}`;
 </script></body></html>"""  # noqa: E501
 
 
@@ -3578,7 +3548,6 @@ $('#version').textContent = `flowserver ${settings.version}`;
 # Law: what came, as parameters and blocks, and what goes back.  Nothing here decides
 # whether it may come, or what becomes of it.
 
-_MAX_FIELDS = 200  # of an address; PHP takes 1,000 of a form, Django too
 _MAX_FIELD_SIZE = 64 * 1024  # bytes of all text fields of a form; Starlette: 1 MiB each
 _FILE_AS_TEXT = "The file came as text: set chunkFormat to 'blob' (resumable.js)."
 
@@ -3612,6 +3581,13 @@ class Request(NamedTuple):
         """Address and name of whoever asks, for the log."""
         return escaped(" ".join(filter(None, (self.client or "-", self.user))))
 
+    def below(self, path: str) -> str:
+        """Return a relative address: that of what lies at `path` below this one."""
+        base = self.base
+        if base is None:
+            base = urllib.parse.quote(self.path.rpartition("/")[2])
+        return f"{base}/{path}" if base else path
+
     @property
     def is_navigation(self) -> bool:
         """Whether a browser wants a page, and no script an answer."""
@@ -3638,6 +3614,14 @@ def json_response(status: int, values: Mapping[str, object]) -> Response:
     """Return an answer in JSON."""
     headers = _JSON_HEADERS + _STATUS_HEADERS.get(status, ())
     return Response(status, headers, _compact_json(values).encode())
+
+
+def refusal(error: FlowError, status: int = 0) -> Response:
+    """Return what is told of an error, with its status unless one is given."""
+    values = {"success": False, "error": str(error)}
+    if error.is_final:
+        values["preventRetry"] = True  # Fine Uploader
+    return json_response(status or error.status, values)
 
 
 _JSON = "application/json"
@@ -3699,20 +3683,15 @@ def parse_query(text: str, parameters: dict[str, str] | None = None) -> dict[str
     ";" separates nothing, and a name given twice must have one value.
     """
     found = {} if parameters is None else parameters
-    pairs = text.split("&") if text else []
-    clash = ""
-    for pair in pairs[:_MAX_FIELDS]:  # to the end: the names tell whose they are
+    clash: Malformed | None = None
+    for pair in text.split("&") if text else ():
         name, _, value = pair.partition("=")
         try:
             add_parameter(found, _unquoted(name), _unquoted(value))
-        except UnicodeDecodeError:
-            clash = clash or "The address is not UTF-8."
-        except Malformed as error:
-            clash = clash or str(error)
-    if len(pairs) > _MAX_FIELDS:
-        clash = "The address has too many parameters."
+        except Malformed as error:  # and go on: the names tell whose they are
+            clash = clash or error
     if clash:
-        raise Malformed(clash)
+        raise clash
     return found
 
 
@@ -3720,7 +3699,10 @@ def _unquoted(text: str) -> str:
     # Most words need nothing: a quarter of the time of a test request.
     if "%" not in text and "+" not in text:
         return text
-    return urllib.parse.unquote_plus(text, errors="strict")
+    try:
+        return urllib.parse.unquote_plus(text, errors="strict")
+    except UnicodeDecodeError:
+        raise Malformed("The address is not UTF-8.") from None
 
 
 def parse_length(text: str) -> int:
@@ -4217,14 +4199,17 @@ class _Senders:
 
     def sender(self, request: Request) -> str:
         """Return who sends: whom a valid cookie names, else what is seen now."""
-        return self._remembered(request) or self._seen(*_seen_of(request))[0]
+        return self._remembered(request) or self._now(request)[0]
 
     def cookie(self, request: Request) -> tuple[tuple[str, str], ...]:
         """Return the header that sets a cookie, where there is no valid one."""
         if self._remembered(request):
             return ()
         secure = "; Secure" if request.scheme == "https" else ""
-        return (("Set-Cookie", self._seen(*_seen_of(request))[1] + secure),)
+        return (("Set-Cookie", self._now(request)[1] + secure),)
+
+    def _now(self, request: Request) -> tuple[str, str]:
+        return self._seen(request.client, request.headers.get("user-agent", ""))
 
     def _remembered(self, request: Request) -> str:
         if "cookie" not in request.headers:
@@ -4246,10 +4231,6 @@ class _Senders:
     def _hash(self, *words: str) -> str:
         text = json.dumps(words).encode()
         return hmac.new(self._key, text, hashlib.sha256).hexdigest()[:32]
-
-
-def _seen_of(request: Request) -> tuple[str, str]:
-    return request.client, request.headers.get("user-agent", "")
 
 
 def _cookies(request: Request) -> Iterator[tuple[str, str]]:
@@ -4371,12 +4352,15 @@ class Access:
         """
         host = _host_name(request.headers.get("host", ""))
         is_local = not host or _LOOPBACK_NAME.fullmatch(host)
-        if request.is_loopback and not is_local and host not in self._allowed_hosts:
-            raise _unknown_host(host)
+        asked = [host] if request.is_loopback and not is_local else []
         if self._allowed_hosts:
-            seen = _host_name(_seen_host(request))
-            if seen not in self._allowed_hosts:
-                raise _unknown_host(seen)
+            asked.append(_host_name(_seen_host(request)))
+        for host in asked:
+            if host not in self._allowed_hosts:
+                raise Forbidden(
+                    f"This server is not known as {quoted(host)}; the setting"
+                    " allow_hosts names those that it answers to."
+                )
 
     def check_origin(self, request: Request) -> None:
         """Refuse what a page of another site makes a visitor's browser send."""
@@ -4395,7 +4379,7 @@ class Access:
             if origin not in self._told and len(self._told) < 100:
                 self._told.add(origin)  # its browser sees a preflight without headers
                 self.log.warning("%s", sentence)
-            raise Foreign(sentence)
+            raise Forbidden(sentence)
 
     # Who it is
 
@@ -4451,13 +4435,6 @@ _EXPOSED_HEADERS = (  # what tus and FilePond must read
     "Location, Upload-Offset, Upload-Length, Upload-Metadata, Upload-Expires,"
     " Tus-Resumable, Tus-Version, Tus-Extension, Tus-Max-Size, Tus-Checksum-Algorithm"
 )
-
-
-def _unknown_host(host: str) -> Foreign:
-    return Foreign(
-        f"This server is not known as {quoted(host)}; the setting allow_hosts names"
-        " those that it answers to."
-    )
 
 
 # ---- intake --------------------------------------------------------------------------
@@ -4516,6 +4493,13 @@ class Intake:
         path = safe_path(chunk.path, self._avoided) if chunk.path else ""
         return Upload(key, path, chunk.size, *who)
 
+    def drawn(
+        self, request: Request, identifier: str, name: str = "", size: int = -1
+    ) -> Upload:
+        """Return the upload that an identifier names which was drawn at random."""
+        chunk = Chunk(identifier, name, name, size, 0, -1, is_random=True)
+        return self.upload(request, chunk)
+
     def placed(self, upload: Upload, fields: Mapping[str, str]) -> Upload:
         """Return the upload with the path that place() wants for it."""
         if self._place is None:
@@ -4563,13 +4547,27 @@ class Intake:
         return is_gone
 
 
+class Protocol:
+    """A way of uploading; the first one that speaks() a request will respond()."""
+
+    headers: tuple[tuple[str, str], ...] = ()  # of each answer
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._store = intake.store
+
+    def speaks(self, request: Request, content: Content) -> bool:
+        """Whether a request is of this protocol."""
+        return True
+
+
 def _require_name(name: str) -> None:
     if not name:
         raise Malformed("The file has no name; it may stand behind the address.")
 
 
-def _require_length(what: str, actual: int, said: int) -> None:
-    if actual != said:
+def _require_length(what: str, actual: int, said: int, beside: int = 0) -> None:
+    if not 0 <= actual - said <= beside:
         raise Malformed(
             f"The {what} has {actual} bytes, but its parameters say {said}."
         )
@@ -4591,18 +4589,8 @@ def _file_values(done: Done) -> dict[str, object]:
     return {**names, "size": done.size}
 
 
-class Chunks:
-    """The chunk uploaders, and whole files: forms and PUT."""
-
-    headers = ()  # of each answer
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-        self._store = intake.store
-
-    def speaks(self, request: Request, content: Content) -> bool:
-        """Whether a request is of this protocol: what is of no other one."""
-        return True
+class Chunks(Protocol):
+    """The chunk uploaders, and whole files: forms and PUT; what is of no other one."""
 
     def respond(self, request: Request, below: str, content: Content) -> Response:
         """Answer a request at the upload address, or `below` it."""
@@ -4614,8 +4602,6 @@ class Chunks:
             return self._delete(request, below, content)
         if request.method not in _CHUNK_METHODS:
             raise BadMethod("Chunks are sent with POST, PUT or PATCH.")
-        if request.length < 0:
-            raise LengthRequired("The request must say how long its body is.")
         if not below:
             content.read_fields()
         if content.given.get("_method") == "DELETE":  # Fine Uploader
@@ -4648,14 +4634,14 @@ class Chunks:
     def _delete(self, request: Request, below: str, content: Content) -> Response:
         row = content.dialect
         if row and not row.is_random:
-            chunk = content.chunk()
+            upload = self._intake.upload(request, content.chunk())
         elif row or below:  # Fine Uploader puts the identifier behind the address
             identifier = content.given[row.identifier] if row else below
-            chunk = Chunk(identifier, "", "", -1, 0, -1, is_random=True)
+            upload = self._intake.drawn(request, identifier)
         else:
             raise Malformed("The upload to cancel is not named.")
-        key = self._intake.upload(request, chunk).key
-        if not self._intake.cancelled(request, key) and chunk.is_random:
+        is_gone = self._intake.cancelled(request, upload.key)
+        if not is_gone and (row is None or row.is_random):
             raise Forbidden(_STAYS)  # a button of the page says "remove"
         return _NO_CONTENT
 
@@ -4664,10 +4650,10 @@ class Chunks:
 
         An empty file has no other one.
         """
-        chunk = content.chunk(_NO_PART)
+        chunk = content.chunk()
         upload = self._intake.upload(request, chunk)
         if content.given.get("qqtotalparts") == "0":
-            return self._receive_files(request, content, _NO_PART, chunk)
+            return self._receive_files(request, content, Part("", "", ""), chunk)
         status = self._store.status(upload.key)
         # A file in one chunk leaves no receipt: it was answered as complete.
         is_one = content.given.get("qqtotalparts") == "1"
@@ -4700,10 +4686,8 @@ class Chunks:
         began = time.monotonic()
         self._intake.check_size("chunk", chunk.length)
         self._intake.check_size("file", chunk.size)
-        if not content.is_form:
-            _require_length("body", request.length, chunk.length)
-        elif not 0 <= request.length - chunk.length <= _FORM_ALLOWANCE:
-            _require_length("body", request.length, chunk.length)
+        beside = _FORM_ALLOWANCE if content.is_form else 0
+        _require_length("body", request.length, chunk.length, beside)
         upload = self._intake.upload(request, chunk)
         if content.given.get("qqresume") == "true" and not self._store.status(
             upload.key
@@ -4778,8 +4762,7 @@ class Chunks:
         if not content.is_form:
             self._intake.check_size("file", at_most)
             _require_name(name)
-        chunk = Chunk(secrets.token_hex(16), name, name, -1, 0, -1, is_random=True)
-        upload = self._intake.upload(request, chunk)
+        upload = self._intake.drawn(request, secrets.token_hex(16), name)
         with self._store.receive_whole(at_most) as body:
             for block in content.blocks():
                 self._intake.check_size("file", body.size + len(block))
@@ -4812,9 +4795,6 @@ class Chunks:
         elif len(files) == 1:
             values.update(files[0], status="complete")
         return json_response(status, {**values, "files": files})
-
-
-_NO_PART = Part("", "", "")
 
 
 # ---- tus -----------------------------------------------------------------------------
@@ -4859,14 +4839,10 @@ def tus_options(settings: Settings) -> tuple[tuple[str, str], ...]:
     )
 
 
-class Tus:
+class Tus(Protocol):
     """The tus protocol; an upload lives at ``<upload_path>/<id>``."""
 
     headers = (("Tus-Resumable", _TUS_VERSION), ("Tus-Version", _TUS_VERSION))
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-        self._store = intake.store
 
     def speaks(self, request: Request, content: Content) -> bool:
         """Whether a request is of this protocol."""
@@ -4881,7 +4857,7 @@ class Tus:
             method = request.headers.get("x-http-method-override", "POST").upper()
         if method == "POST":
             return self._create(request, content)
-        upload = self._upload(request, below)
+        upload = self._intake.drawn(request, below)
         status = self._store.status(upload.key)
         if status is None:
             raise Missing("There is no such upload (any more).")
@@ -4896,10 +4872,6 @@ class Tus:
             raise Forbidden(_STAYS)
         raise BadMethod("An upload is sent with PATCH.")
 
-    def _upload(self, request: Request, identifier: str, name: str = "") -> Upload:
-        chunk = Chunk(identifier, name, name, -1, 0, -1, is_random=True)
-        return self._intake.upload(request, chunk)
-
     def _create(self, request: Request, content: Content) -> Response:
         headers = request.headers
         if "upload-concat" in headers:
@@ -4912,17 +4884,13 @@ class Tus:
         identifier = secrets.token_hex(16)
         names = (fields.get(n, "") for n in ("relativePath", "filename", "name"))
         name = next((one for one in names if one not in _ABSENT), identifier)
-        upload = self._upload(request, identifier, name)._replace(size=size)
+        upload = self._intake.drawn(request, identifier, name, size)
         upload = self._intake.placed(upload, fields)._replace(fields=fields)
         try:
             note = self._intake.note(self._store.open(upload), 0.0)
         except Conflict as error:  # tus-js-client would try again after a 409
             raise Forbidden(str(error)) from None
-        base = request.base
-        if base is None:
-            base = urllib.parse.quote(request.path.rpartition("/")[2])
-        place = f"{base}/{identifier}" if base else identifier
-        answer = (("Location", place), *self._expires())
+        answer = (("Location", request.below(identifier)), *self._expires())
         if headers.get("content-type") == _TUS_BODY and request.length > 0:
             try:
                 offset, note = self._receive(request, upload, 0, content)
@@ -4955,8 +4923,6 @@ class Tus:
     ) -> tuple[int, str]:
         """Store what a request brings; return where the next one begins, and a note."""
         end, began = start + request.length, time.monotonic()
-        if request.length < 0:
-            raise LengthRequired("The request must say how long its body is.")
         if end > upload.size:
             raise TooLarge(f"The file has {upload.size} bytes, but these end at {end}.")
         check = _Checksum(request.headers.get("upload-checksum", ""))
@@ -5058,14 +5024,8 @@ def format_metadata(fields: Mapping[str, str]) -> str:
 _FILEPOND_ID = re.compile("[0-9a-f]{32}-([0-9]{1,15})")
 
 
-class FilePond:
+class FilePond(Protocol):
     """FilePond's protocol of POST, PATCH and HEAD ``?patch=<id>``, and DELETE."""
-
-    headers = ()
-
-    def __init__(self, intake: Intake) -> None:
-        self._intake = intake
-        self._store = intake.store
 
     def speaks(self, request: Request, content: Content) -> bool:
         """Whether a request is of this protocol."""
@@ -5095,8 +5055,7 @@ class FilePond:
         match = _FILEPOND_ID.fullmatch(identifier)
         if not match:
             raise Missing("There is no such upload.")
-        chunk = Chunk(identifier, name, name, int(match[1]), 0, -1, is_random=True)
-        return self._intake.upload(request, chunk)
+        return self._intake.drawn(request, identifier, name, int(match[1]))
 
     def _begin(self, request: Request, content: Content) -> Response:
         size = parse_integer(request.headers["upload-length"], "Upload-Length")
@@ -5137,8 +5096,6 @@ class FilePond:
         return text_response(200, str(end))._replace(note=note)
 
     def _check(self, request: Request, upload: Upload) -> None:
-        if request.length < 0:
-            raise LengthRequired("The request must say how long its body is.")
         said = request.headers.get("upload-length", str(upload.size))
         if said != str(upload.size):
             raise Malformed(f"The file has {upload.size} bytes, not {said[:40]}.")
@@ -5241,7 +5198,7 @@ class UploadApp:
         try:
             if self._clock() - self._swept > _SWEEP_SECONDS:
                 self.sweep()
-            elif self._clock() - self._counted > _FIGURE_SECONDS:
+            else:
                 self._counted = self._clock()
                 self.store.count()
         except FlowError as error:
@@ -5297,7 +5254,7 @@ class UploadApp:
             content.read_head()
             if content.dialect:  # a 200 would tell flow.js that the chunk is here
                 raise Missing(f"Chunks go to {self.settings.upload_path}.")
-            return _page_response(self.settings)
+            return _page_response(request, self.settings)
         if request.path == "/health":
             with explained():
                 free = self.store.disk.free_space(self.store.upload_dir)
@@ -5310,7 +5267,7 @@ class UploadApp:
     def _at_upload_path(self, request: Request, below: str) -> Response:
         """Answer at upload_path; what is refused is refused in the client's dialect."""
         if request.method == "OPTIONS":
-            with contextlib.suppress(Foreign):  # its browser refuses it; the log knows
+            with contextlib.suppress(Forbidden):  # its browser refuses; the log knows
                 self._access.check_origin(request)
             return _preflight(request, self.settings)
         content = Content(request, self._dialects)
@@ -5321,6 +5278,8 @@ class UploadApp:
             request = self._access.admit(request)
             if request.method not in ("GET", "HEAD"):
                 self._access.check_origin(request)
+                if request.length < 0:
+                    raise LengthRequired("The request must say how long its body is.")
             response = protocol.respond(request, below, content)
         except FlowError as error:
             if isinstance(error, Forbidden) and content.is_unread_form:
@@ -5341,10 +5300,7 @@ class UploadApp:
         status = dialect.status_of(error) if dialect else error.status
         if error.__cause__ is not None:
             self.log.warning("%s (%s)", error, quoted(str(error.__cause__)))
-        values = {"success": False, "error": str(error)}
-        if error.is_final:
-            values["preventRetry"] = True  # Fine Uploader
-        response = json_response(status, values)
+        response = refusal(error, status)
         if request.is_navigation and request.method == "POST":
             response = files_page(status, [{"name": "", "error": str(error)}])
         return response.with_headers(("Allow", methods)) if status == 405 else response
@@ -5353,8 +5309,8 @@ class UploadApp:
         self, request: Request, response: Response, seconds: float
     ) -> None:
         if self.log.isEnabledFor(logging.INFO):
-            refusal = escaped(response.body.decode()) if response.status >= 400 else ""
-            what = " ".join(filter(None, ("", response.note, refusal)))
+            told = escaped(response.body.decode()) if response.status >= 400 else ""
+            words = filter(None, (response.note, told))
             self.log.info(
                 "%s %s %s %d %d bytes %.3f s%s",
                 escaped(request.client or "-"),
@@ -5363,7 +5319,7 @@ class UploadApp:
                 response.status,
                 max(request.length, 0),
                 seconds,
-                " " + what if what else "",
+                "".join(f" {word}" for word in words),
             )
 
     def _completed(self, done: Done) -> None:
@@ -5400,18 +5356,9 @@ class UploadApp:
     ) -> Iterable[bytes]:
         """Answer as a WSGI application (PEP 3333), mounted anywhere."""
         request = wsgi_request(environ)
-        is_bare = request.mount and not environ.get("PATH_INFO") and not request.query
-        if is_bare and request.method in (
-            "GET",
-            "HEAD",
-        ):  # the page's links are relative
-            place = urllib.parse.quote(request.mount + "/", encoding="latin-1")
-            kind = ("Content-Type", "text/plain")
-            response = Response(308, (("Location", place), kind), b"")
-        else:
-            if self._any_path and not _is_other_address(request):
-                request = self.at_our_address(request)
-            response = self.handle(request)
+        if self._any_path and not _is_other_address(request):
+            request = self.at_our_address(request)
+        response = self.handle(request)
         headers = list(response.headers)
         if response.status != 204:
             headers.append(("Content-Length", str(len(response.body))))
@@ -5446,15 +5393,14 @@ def _preflight(request: Request, settings: Settings) -> Response:
 # The page and the samples
 
 
-def _page_response(settings: Settings) -> Response:
+def _page_response(request: Request, settings: Settings) -> Response:
     nonce = secrets.token_urlsafe(16)
     values = {
-        "uploadPath": settings.upload_path.lstrip("/"),
+        "uploadPath": request.below(settings.upload_path[1:]),
         "chunkSize": settings.chunk_size,
         "maxFileSize": settings.max_file_size,
         "maxChunkSize": settings.max_chunk_size,
         "timeout": settings.timeout,
-        "version": __version__,
     }
     policy = (
         f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}';"
@@ -5572,7 +5518,6 @@ _FIRST_SIZE = 16 * 1024  # bytes of a body that come before it gets a large buff
 _MAX_LARGE_BUFFERS = 4  # more fit no processor's cache: 64 bodies got 0.8 of the rate
 _HEAD_BLOCK_SIZE = 8 * 1024  # what follows a head is copied
 _MAX_HEAD_SIZE = 64 * 1024  # flow.js writes names and paths into the address, encoded
-_MAX_LINE_SIZE = 32 * 1024
 _MAX_HEADERS = 100
 _MIN_BODY_RATE = 1024  # bytes/s on the average, once a body has taken `timeout`
 _NO_TIMEOUT_SECONDS = 86400.0  # for timeout = 0
@@ -5604,15 +5549,18 @@ def parse_head(head: bytes) -> Head:
     if len(head) > _MAX_HEAD_SIZE:
         raise HeadTooLong("The head of the request is too long.")
     line, _, rest = head.decode("latin-1").partition("\r\n")
-    if len(line) > _MAX_LINE_SIZE:
-        raise AddressTooLong("The address is too long.")
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
         raise Malformed("The first line of the request can't be read.")
     headers = _parse_headers(rest)
     if "host" not in headers and match[3] == "1":
         raise Malformed("The request names no host.")
-    return Head(match[1], match[2], int(match[3]), headers, _body_length(headers))
+    if "transfer-encoding" in headers:
+        raise LengthRequired("Bodies must come with a Content-Length.")
+    length = parse_length(headers.get("content-length", "0"))
+    if length < 0:
+        raise Malformed("The Content-Length is not a number.")
+    return Head(match[1], match[2], int(match[3]), headers, length)
 
 
 def _parse_headers(text: str) -> dict[str, str]:
@@ -5641,17 +5589,6 @@ _SINGLE_HEADERS = frozenset(
 )
 
 
-def _body_length(headers: Mapping[str, str]) -> int:
-    if "transfer-encoding" in headers:
-        if "content-length" in headers:
-            raise Malformed("Content-Length and Transfer-Encoding contradict.")
-        raise LengthRequired("Bodies must come with a Content-Length.")
-    length = parse_length(headers.get("content-length", "0"))
-    if length < 0:
-        raise Malformed("The Content-Length is not a number.")
-    return length
-
-
 class _Wire:
     """The bytes of one connection, in: heads, then bodies, with an end to each wait."""
 
@@ -5662,7 +5599,6 @@ class _Wire:
         self.timeout = server.timeout_seconds
         self.remaining = 0  # bytes of the body that were not read yet
         self._buffer: bytearray | None = None
-        self._has_begun = False  # its body was asked for
         self._wants_100 = False
         self._body_began = 0.0
         self._body_size = 0
@@ -5710,7 +5646,6 @@ class _Wire:
     def begin_body(self, head: Head) -> None:
         """The next bytes are the body of this request."""
         self.remaining = self._body_size = head.length
-        self._has_begun = False
         expected = head.headers.get("expect", "").lower()
         self._wants_100 = expected == "100-continue" and head.minor == 1
         self._body_began = time.monotonic()
@@ -5726,16 +5661,15 @@ class _Wire:
         if self._wants_100:  # judged by its head and not refused: let it come
             self._wants_100 = False
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        buffer, size = self._buffer, 0
-        if not self._has_begun:
-            self._has_begun = True
-            buffer = bytearray(min(self.remaining, _FIRST_SIZE))
-            size = self._receive(buffer, 0, at_once)
-            if at_once or size < len(buffer) or not self.remaining:
-                return buffer, size
+        first, size = bytearray(), 0
+        if self.remaining == self._body_size:  # nothing has come yet
+            first = bytearray(min(self.remaining, _FIRST_SIZE))
+            size = self._receive(first, 0, at_once)
+            if at_once or size < len(first) or not self.remaining:
+                return first, size
         if self._buffer is None:
             self._buffer = self.server.take_buffer()
-            self._buffer[:size] = buffer[:size] if buffer else b""
+            self._buffer[:size] = first
         return self._buffer, self._receive(self._buffer, size, at_once)
 
     def _receive(self, buffer: bytearray, size: int, at_once: bool) -> int:
@@ -5920,9 +5854,7 @@ class FlowHandler(http.server.BaseHTTPRequestHandler):
         log = self.server.app.log
         log.info("%s refused: %s (%d)", self.client, error, error.status)
         self.wire.remaining = 1 << 62  # unknown: what follows is not read as a request
-        values = {"success": False, "error": str(error)}
-        response = json_response(error.status, values)
-        self._send(Head("", "", 0, {}, 0), response)
+        self._send(Head("", "", 0, {}, 0), refusal(error))
 
     def _send(self, head: Head, response: Response) -> bool:
         """Send a response in one write; return whether the connection goes on."""
@@ -6121,11 +6053,11 @@ class FlowServer(http.server.ThreadingHTTPServer):
         return True
 
     def _turn_away(self, request: socket.socket) -> None:
-        values = {"success": False, "error": "The server has too many connections."}
+        response = refusal(Trouble("The server has too many connections."))
         with contextlib.suppress(OSError):
             request.settimeout(0)
             if self.tls is None:
-                request.send(_response_bytes("", json_response(503, values), False))
+                request.send(_response_bytes("", response, False))
         self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
@@ -6336,12 +6268,18 @@ def _add_user(settings: Settings, name: str) -> int:
     if not name.isprintable() or not re.fullmatch(r"[^\s#:]([^:]*[^\s:])?", name):
         raise SettingsError(f"{quoted(name)} can't be the name of a user.")
     line = f"{name}:{hash_password(_ask_password(name))}"
-    path = os.path.realpath(settings.users_file)  # a link to it stays one
+    path, disk = settings.users_file, Disk()
     try:
-        with _changing(path) as lines:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # a new one is private
+        with lock_of(disk, path) as fd:
+            with open(path, encoding="utf-8-sig") as file:
+                lines = [one.rstrip("\n") for one in file]
             others = [one for one in lines if one.partition(":")[0].strip() != name]
             is_new = len(others) == len(lines)
-            lines[:] = [*others, line]
+            data = "".join(f"{one}\n" for one in (*others, line)).encode("utf-8")
+            disk.write(fd, data, 0)
+            disk.truncate(fd, len(data))
+            disk.flush(fd)
     except (OSError, UnicodeDecodeError) as error:
         raise Trouble(f"The file of users can't be changed: {error}.") from error
     what = f"{name} is added" if is_new else f"{name}'s password is changed"
@@ -6363,40 +6301,6 @@ def _ask_password(name: str) -> str:
     if "\0" in password:
         raise SettingsError("The password holds a character that can't be typed.")
     return password
-
-
-@contextlib.contextmanager
-def _changing(path: str) -> Iterator[list[str]]:
-    """Yield the lines of a file; what became of them takes its place at once.
-
-    One process does so at a time.  Owner and mode stay; a new file is private.
-    """
-    lines, new = [], f"{path}.new"
-    file = open(_open_alone(new), "wb")
-    with contextlib.ExitStack() as undo:
-        undo.callback(discard, Disk(), new)
-        with file:
-            if os.path.exists(path):
-                with open(path, encoding="utf-8-sig") as old:
-                    lines = [line.rstrip("\n") for line in old]
-                if hasattr(os, "chown"):
-                    os.chown(new, os.stat(path).st_uid, os.stat(path).st_gid)
-                shutil.copymode(path, new)
-            yield lines
-            file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-        undo.pop_all()
-
-
-def _open_alone(path: str) -> int:
-    """Make a file that keeps others out while it is there; wait five seconds for it."""
-    for _ in range(250):
-        with contextlib.suppress(FileExistsError):
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        time.sleep(0.02)
-    raise FileExistsError(errno.EEXIST, "Another --add-user works, or left this", path)
 
 
 def _check(settings: Settings) -> int:
@@ -6439,9 +6343,6 @@ def _trials(
         yield True, "a rename never overwrites"
     else:
         yield True, "no hard links: names are checked under a lock (see README)"
-    milliseconds = _flush_seconds(store.disk, fd) * 1000
-    state = "on" if settings.sync else "off"
-    yield True, f"a flush takes {milliseconds:.2f} ms (sync is {state})"
     free, floor = store.disk.free_space(store.upload_dir), settings.min_free_space
     space = f"{free >> 20} MiB are free, min_free_space is {floor >> 20} MiB"
     yield free > floor, space
@@ -6458,14 +6359,6 @@ def _locks_hold(disk: Disk, path: str, fd: int) -> bool:
     disk.lock(fd)
     command = [sys.executable, "-I", "-c", program, os.path.abspath(__file__), path]
     return subprocess.run(command, check=False).returncode == 6
-
-
-def _flush_seconds(disk: Disk, fd: int) -> float:
-    began = time.perf_counter()
-    for number in range(10):
-        disk.write(fd, b"flowserver", number * 4096)
-        os.fsync(fd)
-    return (time.perf_counter() - began) / 10
 
 
 def _warn_if_open(server: FlowServer) -> None:

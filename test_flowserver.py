@@ -1259,10 +1259,6 @@ BROKEN_FORMS: Dict[str, Tuple[bytes, str]] = {
         "can't be read",
     ),
     "header twice": (lines("--B", FIELD, FIELD, "", "1", "--B--"), "can't be read"),
-    "many headers": (
-        lines("--B", FIELD, *(f"A{n}: b" for n in range(16)), "", "1", "--B--"),
-        "can't be read",
-    ),
     "not UTF-8": (lines("--B", FIELD) + b"A: \xff\r\n\r\n1\r\n--B--", "UTF-8"),
     "no name": (
         lines("--B", "Content-Disposition: form-data", "", "", "--B--"),
@@ -4959,6 +4955,21 @@ class FilePondTest(unittest.TestCase):
             self.app.handle(cut(request, 9)._replace(length=-1)).status, 411
         )
 
+    def test_body_of_unknown_length_is_not_read(self) -> None:
+        """A program's read() may return all of it for -1."""
+        form = {
+            "upload-length": "25",
+            "content-type": "multipart/form-data; boundary=x",
+        }
+        for method, headers in (
+            ("POST", form),
+            ("DELETE", {"content-type": "text/plain"}),
+        ):
+            read = mock.Mock()
+            request = Request(method, "/upload", "", headers, -1, read)
+            self.assertEqual(self.app.handle(request).status, 411)
+            read.assert_not_called()
+
     def test_identifier_that_we_did_not_draw_is_missing(self) -> None:
         self.pond.begin()
         drawn = self.pond.id
@@ -7375,10 +7386,10 @@ class WsgiTest(unittest.TestCase):
             answer = self.call(app, message, SCRIPT_NAME="/files")
             self.assertEqual(answer.status, 200)
             place = {"SCRIPT_NAME": "/fil\xc3\xa4es", "PATH_INFO": ""}
-            moved = self.call(app, Message("GET", ""), **place)
-            self.assertEqual(
-                (moved.status, moved.headers["location"]), (308, "/fil%C3%A4es/")
-            )
+            for slash, link in (("", "fil%C3%A4es/upload"), ("/", "upload")):
+                asked = {**place, "PATH_INFO": slash}
+                page = self.call(app, Message("GET", slash), **asked)
+                self.assertIn(f'"uploadPath": "{link}"'.encode(), page.body)
             posted = self.call(app, browser("a", b"x", path=""), **place)
             self.assertEqual(posted.json["path"], "a")
             self.assertEqual(self.call(app, Message("GET", "/other")).status, 204)
@@ -7551,8 +7562,8 @@ BAD_HEADS: Dict[str, Tuple[str, int]] = {
     "chunked": ("Transfer-Encoding: chunked", 411),
     "any encoding": ("Transfer-Encoding: identity", 411),
     "hidden encoding": ("Transfer-Encoding: \x0bchunked", 400),
-    "encoding and length": ("Transfer-Encoding: chunked\nContent-Length: 5", 400),
-    "length and encoding": ("Content-Length: 5\nTransfer-Encoding: chunked", 400),
+    "encoding and length": ("Transfer-Encoding: chunked\nContent-Length: 5", 411),
+    "length and encoding": ("Content-Length: 5\nTransfer-Encoding: chunked", 411),
     "folded line": ("A: b\n c: d", 400),
     "folded length": ("Content-Length:\n 5", 400),
     "blank before the colon": ("Content-Length : 5", 400),
@@ -7577,7 +7588,7 @@ BAD_LINES: Dict[str, Tuple[str, int]] = {
     "star": ("GET * HTTP/1.1", 400),
     "ftp": ("GET ftp://localhost/ HTTP/1.1", 400),
     "not ASCII": ("GET /h\xe4 HTTP/1.1", 400),
-    "long address": ("GET /" + "a" * 40000 + " HTTP/1.1", 414),
+    "long address": ("GET /" + "a" * 70000 + " HTTP/1.1", 431),
 }
 
 
@@ -7832,7 +7843,7 @@ class RefusalIsSeenTest(unittest.TestCase):
         message = Message(
             "POST", "/upload", bytes(20 * MIB), {"Transfer-Encoding": "x"}
         )
-        self.check_seen(400, message)
+        self.check_seen(411, message)
 
 
 class PatienceTest(unittest.TestCase):
@@ -8722,15 +8733,6 @@ class CommandLineTest(InFolder):
         found = re.findall("(?m)^[^:]+", source_of(users))
         self.assertEqual(sorted(found), names)
 
-    def test_file_that_another_one_has_left_in_the_way_is_named(self) -> None:
-        self.path("users.new", "")
-        with mock.patch.object(sys, "stdin", io.StringIO("x\n")):
-            with mock.patch.object(flowserver.time, "sleep"):
-                flags = ("--users-file", self.path("users"), "--add-user", "a")
-                status, _, err = run_main(*flags)
-        self.assertEqual(status, 1)
-        self.assertIn("users.new", err)
-
     def test_user_without_a_password_is_not_added(self) -> None:
         with mock.patch.object(sys, "stdin", io.StringIO("\n")):
             status, _, err = run_main("--users-file", self.path("u"), "--add-user", "a")
@@ -8768,7 +8770,7 @@ class CommandLineTest(InFolder):
     def test_check_tells_what_holds(self) -> None:
         status, out, _ = run_main(*self.flags, "--check")
         self.assertEqual((status, "FAILED" in out), (0, False), out)
-        for words in (self.uploads, "locks hold", "a flush takes", "MiB are free"):
+        for words in (self.uploads, "locks hold", "MiB are free"):
             self.assertIn(words, out)
 
     def test_check_leaves_nothing_behind(self) -> None:

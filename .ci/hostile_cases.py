@@ -96,6 +96,8 @@ HEADS = [
             _with(b"Transfer-Encoding: xchunked\r\n"),
         ),
         ("chunked_after_tab", _TE, _with(b"Transfer-Encoding:\tchunked\r\n")),
+        ("length_and_encoding", _STD, _with(b"Content-Length: 0\r\n" + _CHUNKED)),
+        ("encoding_and_length", _STD, _with(_CHUNKED + b"Content-Length: 0\r\n")),
         ("chunked_in_1_0", _TE, b"POST /upload HTTP/1.0\r\n" + _CHUNKED + b"\r\n"),
         (
             "chunked_get",
@@ -114,8 +116,6 @@ HEADS = [
     ),
     *_heads(
         "400",
-        ("length_and_encoding", _STD, _with(b"Content-Length: 0\r\n" + _CHUNKED)),
-        ("encoding_and_length", _STD, _with(_CHUNKED + b"Content-Length: 0\r\n")),
         (
             "encoding_with_blank_before_colon",
             _STD,
@@ -268,9 +268,9 @@ HEADS = [
     *_heads(
         "400 414 431",
         (
-            "target_of_40000_letters",
+            "target_of_70000_letters",
             "RFC 9112 3",
-            b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"a" * 40000),
+            b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"a" * 70000),
         ),
         (
             "header_of_70000_letters",
@@ -655,9 +655,9 @@ BODIES = [
         None,
     ),
     Body(
-        "headers_100",
+        "headers_2000",
         "GHSA-pp6c-gr5w-3c5g",
-        form(b"".join(b"X%d: y\r\n" % n for n in range(100)) + part(_TEXT)),
+        form(b"".join(b"X%d: y\r\n" % n for n in range(2000)) + part(_TEXT)),
         None,
     ),
     Body(

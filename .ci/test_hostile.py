@@ -1726,11 +1726,6 @@ class ParameterTest(Attack):
         self.assert_refused(self.ask(data))
         self.assertEqual(stored(self.upload_dir), {})
 
-    def test_a_thousand_parameters(self) -> None:
-        more = "".join(f"&a{n}={n}" for n in range(1000))
-        data = request("POST", f"/upload?{chunk_query('x')}{more}", body=b"hello")
-        self.assert_for_good(data)
-
     def test_an_address_that_is_not_utf_8(self) -> None:
         for junk in ("%ff", "%c0%af", "%ed%a0%80", "%f8%88%80%80%80"):
             query = chunk_query("x").replace("=x", "=" + junk)
@@ -2036,12 +2031,12 @@ class PrefixTest(Attack):
         Which one never depends on what they say, nor on where they stand.
         """
         good, other = chunk_query("a.txt"), chunk_query("../b.txt", 7)
-        other = other.replace("flow", "upflow")
+        other = other.replace("flow", "up")
         for number, pairs in enumerate(
             (
-                good + "&upflowRelativePath=b.txt",
-                good + "&upflowIdentifier=b",
-                "upflowRelativePath=b.txt&" + good,
+                good + "&upRelativePath=b.txt",
+                good + "&upIdentifier=b",
+                "upRelativePath=b.txt&" + good,
                 f"{good}&{other}",
                 f"{other}&{good}",
             )
@@ -2056,14 +2051,14 @@ class PrefixTest(Attack):
 
     def test_what_has_the_prefix_is_judged_as_all_else(self) -> None:
         before = stored(self.upload_dir)
-        good = chunk_query("c.txt").replace("flow", "upflow")
+        good = chunk_query("c.txt").replace("flow", "up")
         for query in (
-            good + "&upflowRelativePath=d",
-            good + "&upflowChunkNumber=2",
+            good + "&upRelativePath=d",
+            good + "&upChunkNumber=2",
             good.replace("c.txt", "../c.txt"),
-            good.replace("upflowTotalSize=5", "upflowTotalSize=4"),
-            good.replace("upflowTotalSize=5", "flowTotalSize=5"),
-            good.replace("upflowIdentifier=", "flowChunkNumber="),
+            good.replace("upTotalSize=5", "upTotalSize=4"),
+            good.replace("upTotalSize=5", "flowTotalSize=5"),
+            good.replace("upIdentifier=", "flowChunkNumber="),
         ):
             data = request("POST", f"/upload?{query}", body=b"hello")
             self.assert_refused(self.ask(data))

@@ -382,11 +382,11 @@ class WsgiTest(VendoredCase):
             self.assertEqual(status, 200)
         self.assertTrue(self.project.finished()["b.bin"] == CONTENT)
 
-    def test_a_mount_without_its_slash_is_completed(self) -> None:
-        # The page's links are relative: below "/files" they would lead elsewhere.
-        status, headers, _ = self.ask("GET", "", SCRIPT_NAME="/files")
-        self.assertEqual((status, headers["Location"]), (308, "/files/"))
-        self.assertEqual(self.ask("GET", "/", SCRIPT_NAME="/files")[0], 200)
+    def test_the_page_of_a_mount_links_to_its_upload_address(self) -> None:
+        for path, link in (("", "files/upload"), ("/", "upload")):
+            status, _, page = self.ask("GET", path, SCRIPT_NAME="/files")
+            self.assertEqual(status, 200)
+            self.assertIn(f'"uploadPath": "{link}"', str(page))
         self.assertEqual(self.ask("GET", "/upload", SCRIPT_NAME="/files")[0], 204)
 
     def test_a_mount_at_the_upload_address_itself_takes_chunks(self) -> None:
