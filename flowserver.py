@@ -988,7 +988,7 @@ def dialects_with(prefix: str) -> tuple[Dialect, ...]:
 
 
 # A name of our own clients: 128 random bits of a browser, and the time of modification.
-_SECRET_IDENTIFIER = re.compile("flowserver-[0-9a-f]{32}-")
+_SECRET_IDENTIFIER = re.compile("flowserver-[0-9a-f]{32}")
 _DRAWN_IDENTIFIER = re.compile("[0-9A-Fa-f-]{32,52}")  # not what a program set instead
 _ABSENT = ("", "null", "undefined", "false")
 
@@ -1053,6 +1053,8 @@ def parse_integer(text: str, name: str) -> int:
 
     int() alone takes ``+1``, ``1_0`` and digits of other scripts.
     """
+    if not text:
+        raise Malformed(f"{name} is missing.")
     if not (text.isascii() and text.isdigit() and len(text) <= 15):
         raise Malformed(f"{name} is {quoted(text[:40])}, which is not a whole number.")
     return int(text)
@@ -2189,7 +2191,7 @@ class _Uploads:
         """Raise TooLarge when there are as many unfinished uploads as may be."""
         if 0 < self.max_uploads <= self.count:
             raise TooLarge(
-                f"The server has {self.max_uploads} unfinished uploads already"
+                f"There are {self.max_uploads} unfinished uploads already"
                 " (max_uploads)."
             )
 
@@ -2204,9 +2206,11 @@ class _Uploads:
         free = self.disk.free_space(self.folder) - self.min_free_space
         free -= self.expected.left() - left
         if whole > free:
-            raise TooLarge(f"The disk has no room for {in_units(whole)} at the moment.")
+            raise TooLarge(
+                f"The disk has no room for {in_units(whole)} (min_free_space)."
+            )
         if size > free:
-            raise Trouble("The disk has no room for this chunk at the moment.")
+            raise Trouble("The disk has no room at the moment (min_free_space).")
 
     def begin(
         self, ledger: _Ledger, upload: Upload, is_whole: bool, is_kept: bool = False
@@ -2303,7 +2307,10 @@ class _Uploads:
         status = self.disk.stat_path(self.publisher.path(place.path))
         if status:
             place = place._replace(inode=status.st_ino, modified=status.st_mtime_ns)
-        ledger.append(("finished", *place))
+        lines: list[tuple[Any, ...]] = [("finished", *place)]
+        if not self.announce:  # nor is it announced to who comes later
+            lines.append(("announced", secrets.token_hex(2)))
+        ledger.append(*lines)
         ledger.flush(ledger.fd)
         self._discard_data(ledger)
         if not self.announce:
@@ -2997,7 +3004,9 @@ class Store:
             self.disk.make_folder(path, mode)
         except FileNotFoundError as error:
             parent = os.path.dirname(path)
-            raise Trouble(f"{parent} does not exist (is its disk mounted?).") from error
+            raise Trouble(
+                f"{path} can't be made: {parent} is missing (is its disk mounted?)."
+            ) from error
         except OSError as error:
             raise Trouble(f"{path} can't be made: {error.strerror}.") from error
 
@@ -3998,7 +4007,10 @@ class Content:
         if is_file or kind not in ("application/x-www-form-urlencoded", _JSON):
             return
         if self.request.length > _MAX_FIELD_SIZE:
-            raise Malformed("The fields of the request are too long.")
+            raise Malformed(
+                "A body of fields is no file; send a form, or put /NAME behind the"
+                " address."
+            )
         text = b"".join(bytes(data[:size]) for data, size in self._buffers())
         try:
             if kind == _JSON:
@@ -4038,6 +4050,7 @@ _USER_LINE = re.compile(  # with rounds for five seconds at most
 )
 _PATIENT_SECONDS = 1.0  # so long nobody gives up who waits for a login
 _LOGIN_REQUIRED = "A name and a password are needed here."
+_LOGIN_WRONG = "The name or the password is wrong."
 
 
 def hash_password(password: str, salt: str = "", rounds: int = _HASH_ROUNDS) -> str:
@@ -4110,7 +4123,7 @@ class Users:
             given = hash_password(password, salt, int(rounds))
             is_right = hmac.compare_digest(given.encode(), kept.encode())
             if not is_right or name not in hashes:
-                raise Unauthorized(_LOGIN_REQUIRED)
+                raise Unauthorized(_LOGIN_WRONG)
             with self._lock:
                 if stamp == self._stamp:  # else the password may have been changed
                     if len(self._verified) > 1000:
@@ -4127,7 +4140,7 @@ def _parse_users(lines: Iterable[str]) -> dict[str, str]:
         if match:
             hashes[match[1]] = match[2]
         elif line and not line.startswith("#"):
-            raise ValueError(f"line {number} is none that --add-user makes")
+            raise ValueError(f"line {number} is not name:hash as --add-user writes it")
     if not hashes:
         raise ValueError("it names nobody; --add-user does")
     return hashes
@@ -4563,7 +4576,7 @@ class Protocol:
 
 def _require_name(name: str) -> None:
     if not name:
-        raise Malformed("The file has no name; it may stand behind the address.")
+        raise Malformed("The file has no name; put /NAME behind the address.")
 
 
 def _require_length(what: str, actual: int, said: int, beside: int = 0) -> None:
@@ -4791,7 +4804,9 @@ class Chunks(Protocol):
             return files_page(status, files)
         values: dict[str, object] = {"success": not refusal}
         if refusal:
-            values.update(error=str(refusal), preventRetry=True)
+            values["error"] = str(refusal)
+            if refusal.is_final:
+                values["preventRetry"] = True  # Fine Uploader
         elif len(files) == 1:
             values.update(files[0], status="complete")
         return json_response(status, {**values, "files": files})
@@ -6324,7 +6339,7 @@ def _check(settings: Settings) -> int:
             with contextlib.suppress(OSError):
                 os.rmdir(path)
     if settings.upload_dir in missing:
-        print(f"ok      {settings.upload_dir} is missing, the start makes it")
+        print(f"ok      {settings.upload_dir} is missing; the start makes it")
     for is_good, sentence in results:
         print(("ok      " if is_good else "FAILED  ") + sentence)
     return 0 if all(is_good for is_good, _ in results) else 1

@@ -6511,6 +6511,17 @@ class TroubleTest(unittest.TestCase):
         self.assertIn("ZeroDivisionError", logs.output[0])
 
 
+class HookLaterTest(unittest.TestCase):
+    def test_program_is_not_told_of_what_came_before_it_had_a_function(self) -> None:
+        told: List[object] = []
+        with temporary_folder() as folder:
+            settings = Settings(upload_dir=folder)
+            for number in (1, 2, 3):
+                send(UploadApp(settings), *browser("a", noise(25), number, 10))
+            UploadApp(settings, on_complete=told.append).sweep()
+        self.assertEqual(told, [])
+
+
 class EmbeddingTest(unittest.TestCase):
     """The functions that a program may give."""
 
@@ -6762,11 +6773,11 @@ class LoginTest(unittest.TestCase):
             self.login("nobody", "wrong"),
             self.login("nobody", ""),
             self.login("", ""),
-            send(self.app, "GET", "/"),
         ]
         self.assertEqual(
             {(a.status, a.body) for a in answers}, {(401, answers[0].body)}
         )
+        self.assertIn("needed", send(self.app, "GET", "/").json["error"])
         self.assertTrue(
             answers[0].headers["www-authenticate"].startswith("Basic realm=")
         )
@@ -8634,8 +8645,8 @@ class CommandLineTest(InFolder):
         port = str(busy.getsockname()[1])
         file = self.path("file", "")
         cases: Dict[Tuple[str, ...], str] = {
-            ("--upload-dir", self.path("disk/up")): "disk does not exist",
-            ("--temp-dir", self.path("disk/temp")): "disk does not exist",
+            ("--upload-dir", self.path("disk/up")): "disk is missing",
+            ("--temp-dir", self.path("disk/temp")): "disk is missing",
             ("--port", port): f"127.0.0.1, port {port}",
             ("--host", "192.0.2.1"): "192.0.2.1",
             ("--host", "\u00fc..example"): "\u00fc..example",
