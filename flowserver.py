@@ -844,7 +844,7 @@ class Dialect(NamedTuple):
     is_random: bool = False  # 122 bits or more of the identifier are random
     is_in_order: bool = False  # one chunk after the other, and no identifier
     has_tests: bool = False  # asks by GET; without a number for all of the upload
-    gives_up_on: tuple[int, ...] = ()  # statuses of a refusal; () means all
+    gives_up_on: tuple[int, ...] = ()  # () means all; the first stands for others
     unused: tuple[str, ...] = ()  # parameters that nobody here needs
     amend: Callable[[Chunk, Mapping[str, str]], Chunk] = lambda chunk, parameters: chunk
 
@@ -860,8 +860,10 @@ class Dialect(NamedTuple):
 
     def status_of(self, error: FlowError) -> int:
         """Return the status that makes this client do what the error means."""
-        is_heard = not error.is_final or not self.gives_up_on
-        return error.status if is_heard or error.status in self.gives_up_on else 415
+        heard = self.gives_up_on
+        if not error.is_final or not heard or error.status in heard:
+            return error.status
+        return heard[0]
 
 
 _PARAMETERS = ("identifier", "filename", "path", "folder", "total", "number") + (
@@ -913,11 +915,12 @@ def _only_whole(chunk: Chunk, parameters: Mapping[str, str]) -> Chunk:
     )
 
 
+# One row for each library; the first whose marks are there is it.
 DIALECTS = (
-    _family("flow.js", "flow", (404, 413, 415, 500, 501)),
+    _family("flow.js", "flow", (415, 404, 413, 500, 501)),
     # 1.1.0 repeats all other statuses 100 times without a pause, 401, 403 and 413 among
     # them.  Its count of chunks is wrong at times.
-    _family("resumable.js", "resumable", (400, 404, 415, 500, 501), trusts_count=False),
+    _family("resumable.js", "resumable", (415, 400, 404, 500, 501), trusts_count=False),
     Dialect(
         "Dropzone",
         marks=frozenset(("dzuuid",)),
@@ -953,7 +956,7 @@ DIALECTS = (
         length="Content-Range length",
         is_in_order=True,
     ),
-    _family("simple-uploader.js", "", (404, 415, 500, 501)),
+    _family("simple-uploader.js", "", (415, 404, 500, 501)),
     Dialect(
         "Plupload",
         marks=frozenset(("offset", "total")),
@@ -982,7 +985,7 @@ def dialects_with(prefix: str) -> tuple[Dialect, ...]:
     heard = DIALECTS[1].gives_up_on
     return (
         *DIALECTS,
-        _family("custom prefix", prefix, (404, 415, 500, 501), trusts_count=False),
+        _family("custom prefix", prefix, (415, 404, 500, 501), trusts_count=False),
         _family("resumable.js", prefix + "resumable", heard, trusts_count=False),
     )
 
@@ -1477,7 +1480,8 @@ _LINES: Mapping[str, Callable[..., None]] = {
     "publish": lambda state, *place: state.intents.append(_Place(*place)),
     # It has its name, and is never written again.
     "finished": lambda state, *place: setattr(state, "finished", _Place(*place)),
-    # on_complete has returned.
+    # on_complete has returned.  The random letters tell this last line from those of
+    # other ledgers that take this one's place.
     "announced": lambda state, *random: setattr(state, "is_announced", True),
     # Something came once more after the end, and was equal.
     "again": lambda state, *random: setattr(state, "came_again", True),
@@ -1758,7 +1762,7 @@ class _Ledger:
         self.path = path
         self.state = _State()
         self.fd = -1  # of whoever has the lock
-        self._named = self.state  # whose names are on the disk
+        self._state_named = self.state  # whose names are on the disk
         self._size = 0  # bytes of whole lines read
         self._last = b""  # the last line
         self._check = 0  # its checksum
@@ -1826,9 +1830,9 @@ class _Ledger:
                     raise
                 self._flushed = reached
         state = self.state
-        if self._named is not state:
+        if self._state_named is not state:
             self.disk.flush_names(os.path.dirname(self.path))
-            self._named = state
+            self._state_named = state
 
     def empty(self) -> None:
         """Drop the upload: whoever waits for the lock will see that it is over."""
@@ -2298,8 +2302,8 @@ class _Uploads:
     def finish(self, ledger: _Ledger, fields: Mapping[str, str]) -> None:
         """Name a complete upload's file, and turn its ledger into the receipt.
 
-        The lines are on the disk before the name is, so that after a power cut nobody
-        takes the published file for an unfinished one and writes into it.
+        That it is about to be named is on the disk before its name is, so that after a
+        power cut nobody writes into the published file.
         """
         state = ledger.state
         fields = fields or state.upload.fields
@@ -5151,7 +5155,8 @@ class UploadApp:
     to refuse the request with, or False; None and True let it in.  `owner(request)`
     returns whose upload it is; no one else sees, continues or cancels it.
     `place(incoming)` returns the path below upload_dir for a file, the same each time
-    it is asked for the same upload; it is checked like a client's.  As a WSGI
+    it is asked for the same upload; it is checked like a client's, and Forbidden("a
+    sentence") refuses the file, in every protocol.  As a WSGI
     application it takes what is no other address of ours for the upload address, unless
     `any_path` is off: a framework has chosen the path already.  Starts no thread, and
     calls nothing yet; raises SettingsError and Trouble.
