@@ -242,9 +242,9 @@ class ClientTest(ClientCase):
         address = self.server.url.replace("://", "://anna:pass%3Aword%40@")
         self.send(path, url=address)
         self.assert_on_disk({"file.bin": noise(2 * MIB, 1)})
-        said = self.send(path, url=address.replace("word", "wrong"), status=1)
-        self.assertIn("file.bin: ", said)
-        self.assertNotIn("wrong", said)
+        said = self.send(path, url=address.replace("word", "zebra"), status=1)
+        self.assertIn("file.bin: The name or the password is wrong.", said)
+        self.assertNotIn("zebra", said)
 
     def test_https_with_a_certificate_of_ones_own(self) -> None:
         self.make_certificate()
