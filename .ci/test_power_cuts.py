@@ -51,7 +51,7 @@ from attack import (
 )
 
 CUTS = int(os.environ.get("FLOWSERVER_CUTS") or 50)
-STATES = 20 * CUTS  # of one scenario
+STATES = 12 * CUTS  # of one scenario
 Store = flowserver.Store
 Site = tuple[str, int]
 
