@@ -202,18 +202,20 @@ def reason_of(error: BaseException | None) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split())
 
 
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turn an error of the operating system into a sentence for people."""
-    try:
-        yield
-    except OSError as error:
+class explained:
+    """Within it an error of the operating system becomes a sentence for people."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if not isinstance(error, OSError):
+            return
         if error.errno == errno.EFBIG:
-            raise TooLarge(
-                "The file is larger than this disk's files can be."
-            ) from error
-        sentence = _SENTENCES.get(error.errno or 0)
-        raise Trouble(sentence or f"The disk reports: {error.strerror}.") from error
+            sentence = "The file is larger than this disk's files can be."
+            raise TooLarge(sentence) from error
+        words = _SENTENCES.get(error.errno or 0)
+        raise Trouble(words or f"The disk reports: {error.strerror}.") from error
 
 
 _SENTENCES = {
@@ -1085,7 +1087,7 @@ def parse_chunk(
     if not path or (row.identifier and not identifier):
         raise Malformed("The upload has no identifier or no file name.")
     names = (identifier, filename or path, path)
-    upload = Chunk(*names, -1, 0, -1, row.is_random, row.is_in_order)
+    ways = (row.is_random, row.is_in_order)
     if not parameters.get(row.number or row.start):  # the whole file, or no chunk
         places = (row.start, row.length)
         is_piece = row.nominal or any(parameters.get(name) for name in places)
@@ -1093,16 +1095,14 @@ def parse_chunk(
             raise Malformed(f"The chunk has no {row.number}.")
         is_said = row.has_tests or parameters.get(row.total)
         size = integer(row.total) if is_said else -1
-        return row.amend(upload._replace(size=size), parameters)
+        return row.amend(Chunk(*names, size, 0, -1, *ways), parameters)
     number = integer(row.number) - row.first if row.number else 0
     nominal = integer(row.nominal) if row.nominal else None
     count = integer(row.chunks) if parameters.get(row.chunks) else None
-    chunk = upload._replace(
-        size=integer(row.total),
-        start=integer(row.start) if row.start else number * (nominal or 0),
-        length=integer(row.length) if row.length else length,
-    )
-    chunk = row.amend(chunk, parameters)
+    size = integer(row.total)
+    start = integer(row.start) if row.start else number * (nominal or 0)
+    length = integer(row.length) if row.length else length
+    chunk = row.amend(Chunk(*names, size, start, length, *ways), parameters)
     _check_chunk(chunk)
     _check_place(chunk, number, nominal, count)
     return chunk
@@ -1932,7 +1932,8 @@ class _Part(_File):
     """A private file for one body; what still has this name at the end is removed."""
 
     def __init__(self, disk: Disk, folder: str) -> None:
-        path = os.path.join(folder, secrets.token_hex(8) + ".part")
+        self.name = secrets.token_hex(8)
+        path = os.path.join(folder, self.name + ".part")
         super().__init__(disk, path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def remove(self) -> None:
@@ -2280,7 +2281,7 @@ class _Uploads:
     def name_at_once(self, part: _Part, upload: Upload) -> Progress:
         """Finish a file that came in one piece: a link, and no ledger."""
         path, is_new = self.publisher.place(part, upload.path, lambda path: None)
-        state = _State(upload, secrets.token_hex(8))
+        state = _State(upload, part.name)
         state.finished = _Place(path, 0, {})
         return Progress(upload.size, upload.size, self.done(state), is_new)
 
@@ -2437,7 +2438,9 @@ class Whole:
         self, upload: Upload, fields: Mapping[str, str] | None = None
     ) -> Progress:
         """Name the file; of `upload` the size is what came.  Raises as Body does."""
-        uploads, upload = self._uploads, upload._replace(size=self.size)
+        uploads = self._uploads
+        if upload.size != self.size:
+            upload = upload._replace(size=self.size)
         with explained():
             uploads.disk.flush(self._part.fd)
             if not uploads.announce:
@@ -2482,7 +2485,7 @@ class Body:
         self.position = start  # in place, changed under the lock: others look at it
         self._uploads = uploads
         self._disk = uploads.disk
-        self.name = f"{uploads.process}-{secrets.token_hex(4)}"
+        self.name = ""  # of its claims
         self._whole: Whole | None = None  # aside,
         self._data: _File | None = None  # or in place,
         self._published: _State | None = None  # or there is a finished file instead
@@ -2547,6 +2550,7 @@ class Body:
         self._data = _File(self._disk, ledger.data_path)
         with self._opened():
             if self._missing:
+                self.name = f"{self._uploads.process}-{secrets.token_hex(4)}"
                 ledger.append(("claim", self.name, self.start, self.end))
 
     # Bytes
@@ -2729,7 +2733,7 @@ class Body:
     def close(self) -> None:
         """Let go; of what was not recorded nothing counts."""
         if self._whole:
-            self._whole.close()
+            return self._whole.close()
         with self._closing, contextlib.suppress(OSError):  # the rest must be done
             data, self._data = self._data, None
             if data:  # before it may be removed
@@ -3620,13 +3624,15 @@ class Response(NamedTuple):
 
     def with_headers(self, *headers: tuple[str, str]) -> Response:
         """Return this answer with more headers."""
-        return self._replace(headers=self.headers + headers)
+        return self._replace(headers=self.headers + headers) if headers else self
 
 
-def json_response(status: int, values: Mapping[str, object]) -> Response:
+def json_response(
+    status: int, values: Mapping[str, object], note: str = ""
+) -> Response:
     """Return an answer in JSON."""
     headers = _JSON_HEADERS + _STATUS_HEADERS.get(status, ())
-    return Response(status, headers, _compact_json(values).encode())
+    return Response(status, headers, _compact_json(values).encode(), note)
 
 
 def refusal(error: FlowError, status: int = 0) -> Response:
@@ -4685,8 +4691,8 @@ class Chunks(Protocol):
         part = content.next_file()
         if part is None:
             raise content.no_file()
-        if not content.is_form:
-            part = part._replace(filename=below or part.filename)
+        if below and not content.is_form:
+            part = part._replace(filename=below)
         if content.dialect is None:
             content.require_marks()
             return self._receive_files(request, content, part)
@@ -4732,7 +4738,8 @@ class Chunks(Protocol):
         values = _file_values(progress.done)
         if chunk.is_in_order:  # blueimp lists them
             values["files"] = [{"name": progress.done.filename, **values}]
-        return _success("complete", **values)._replace(note=note)
+        values.update(success=True, status="complete")
+        return json_response(200, values, note)
 
     # Whole files
 
