@@ -278,7 +278,15 @@ class ModelStore(flowserver.Store):  # type: ignore[name-defined, misc]
 
     def receive(self, upload: Any, start: int, end: int, *kind: bool) -> Any:
         self.world.meet(upload.key)
-        return super().receive(upload, start, end, *kind)
+        body = super().receive(upload, start, end, *kind)
+        exchange, close = self.world.exchange(), body.close
+
+        def let_go() -> None:
+            exchange.is_taken = False
+            close()
+
+        exchange.is_taken, body.close = True, let_go
+        return body
 
     def has(self, upload: Any, start: int, end: int) -> Any:
         self.world.meet(upload.key)
@@ -523,6 +531,7 @@ class Exchange:
         self.cut = -1  # where the body hangs,
         self.delay, self.rest = 0.0, "goes on"  # how long, and then?
         self.is_lost = False  # nobody hears the answer
+        self.is_taken = False  # by the store, which has not refused it
         self.is_over = self.is_sweeping = False
         self.was_sample = self.has_dropped = False
         self.key = ""  # of its upload, as soon as the store knows
@@ -636,7 +645,7 @@ class Exchange:
     def is_coming(self) -> bool:
         """Whether the store still waits for bytes of it."""
         is_begun = self.joined <= self.turns.now < self.arrived
-        return is_begun and not (self.is_over or self.is_sweeping)
+        return is_begun and self.is_taken and not (self.is_over or self.is_sweeping)
 
     def overlaps(self, other: Exchange) -> bool:
         """Whether both are of one person and mean bytes of one place."""

@@ -142,7 +142,8 @@ class World:
         self.turns = Turns(rng, plan.rate)
         self.state_dir = folder / ".flowserver" / "v2"
         self.is_verbose = is_verbose
-        self.is_calm = False  # nothing goes wrong any more
+        self.is_calm = False  # nothing goes wrong any more,
+        self.calm_since = FOREVER  # and since when
         self.has_died = self.is_disturbed = False  # a process; a finished file
         self.notes: list[str] = []
         self.counts: collections.Counter[str] = collections.Counter()
@@ -304,7 +305,7 @@ class World:
 
     def settle(self) -> None:
         """All that is under way ends, without new trouble."""
-        self.is_calm = True
+        self.is_calm, self.calm_since = True, min(self.calm_since, self.turns.now)
         for process in self.processes:
             process.calls_to_death, process.dies_at = 0, ""
         for person in self.people:
@@ -353,6 +354,19 @@ class World:
                 if line.endswith(b"\n"):
                     state = state.after(*json.loads(line[9:]))
         return state
+
+    def claims(self, key: str) -> set[str]:
+        """Return the bodies that have said no end, as the ledger's lines say it."""
+        names: set[str] = set()
+        for line in (self.state_dir / f"{key}.ledger").read_bytes().splitlines(True):
+            if line.endswith(b"\n"):
+                kind, *values = json.loads(line[9:])
+                if kind == "upload":
+                    names = set()
+                elif kind == "claim":
+                    name, *span = values
+                    (names.add if any(span) else names.discard)(name)
+        return names
 
     def has(self, content: bytes, since: float) -> bool:
         """Say whether a file was there after a time."""
@@ -407,12 +421,28 @@ class World:
         """A file gets its name: what may still differ was waited for."""
         end, awaited = self.exchange(), self.coming(process, key)
         if end and not end.is_sweeping:
-            if len(end.body) == self.plan.size or self.turns.now - end.arrived > WAIT:
+            is_whole = len(end.body) == self.plan.size
+            if self.turns.now - end.arrived > WAIT:
+                self.judge_delay(process, end, is_whole)
+                return
+            if is_whole:
                 return
             awaited = [e for e in awaited if e.joined < end.arrived]
             awaited += [e for e in self.asked(process, key) if e.ended < end.arrived]
         if awaited:
             raise Wrong(f"nobody waits for {awaited}")
+
+    def judge_delay(self, process: Process, end: Exchange, is_whole: bool) -> None:
+        """It has waited to the last: for something, if nothing else takes time."""
+        here = [e for e in self.exchanges if e.process is process and e.key == end.key]
+        late = [e for e in here if e is not end and e.ended > end.arrived + WAIT / 2]
+        asked = [e for e in here if e.method == "GET" and e.ended > end.arrived - 2]
+        came = [e for e in here if e.body and e.joined <= self.turns.now]
+        for one in asked:
+            if not any(e.overlaps(one) and e.began > one.ended for e in came):
+                late.append(one)
+        if self.calm_since < end.arrived and (is_whole or not late):
+            raise Wrong(f"{end} waits for nothing")
 
     def is_contradicted(self, exchange: Exchange) -> bool:
         """Others bring other bytes to its place: it may have been ended."""
@@ -450,6 +480,8 @@ class World:
                 is_kept = is_kept and is_mine and state.is_unfinished and has_bytes
             elif path.suffix == ".ledger":
                 is_kept = is_kept and bool(state.generation or self.has_died)
+                if state.claims and not self.has_died:
+                    raise Wrong(f"{path.name} has claims of what is over")
             if state.is_unfinished and state.is_complete:
                 raise Wrong(f"{path.name} is complete, and never finished")
             if not is_kept:
@@ -586,7 +618,7 @@ class World:
         if state.finished and state.came_again and is_part:
             return "refused"
         if state.is_unfinished and exchange.method == "POST":
-            if not state.ranges.total:
+            if not (state.ranges.total or self.claims(key)):
                 return "empty"
             if self.is_refuted(exchange, state.begun.time):
                 return "refused"
