@@ -3098,6 +3098,30 @@ class StoreTest(StoreCase):
         store.count()
         self.assertEqual((store.open_uploads, self.sizes("")), (0, []))
 
+    def test_room_is_what_bodies_under_way_have_left(self) -> None:
+        disk = FallingDisk(1100)
+        store = self.open(disk=disk, min_free_space=100)
+        with store.receive(upload_of(self.data), 0, 600) as body:
+            body.write(self.data[:500])
+            with store.receive_whole(300) as whole:
+                whole.write(noise(200))
+                store.receive_whole(100).close()
+                with self.assertRaises(flowserver.TooLarge):
+                    store.receive_whole(101)
+            store.receive_whole(200).close()
+            body.write(self.data[500:600])
+            body.commit()
+        disk.room = 400  # what is here already takes none
+        store.receive(upload_of(self.data), 300, 900).close()
+
+    def test_dropped_receipt_was_no_unfinished_upload(self) -> None:
+        put(self.store, self.data, 0, 300, "b.bin")
+        for low, high in 2 * thirds(900):
+            put(self.store, self.data, low, high)
+        with self.assertRaises(flowserver.Conflict):
+            put(self.store, changed(self.data, 7), 0, 300)
+        self.assertEqual(self.store.open_uploads, 1)
+
     def test_looking_at_a_body_that_ends_disturbs_no_other(self) -> None:
         """A failed flush would be taken for lost bytes of all that are under way."""
         upload, there = upload_of(self.data), self.store._uploads.expected
