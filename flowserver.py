@@ -2977,7 +2977,9 @@ class Store:
         kept = f"{key}-{state.generation}" + (".call" if state.finished else ".data")
         for name in names:
             if name.endswith(".ledger"):
-                if not state.generation:  # emptied, which is all that Windows can do
+                # Emptied, which is all that Windows can do.  Elsewhere one that a request
+                # has just made could be taken from it.
+                if not (state.generation or self.disk.unlinks_open):
                     self._unlink_old(name)
             elif name != kept:
                 discard(self.disk, os.path.join(self.state_dir, name))

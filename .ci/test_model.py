@@ -641,8 +641,8 @@ class World:
             is_old = is_told and age > HOUR
         came = [e for e in ours if e.status == 200 and e.method == "POST"]
         was_here = state.finished and any(self.turns.now - e.began < HOUR for e in came)
-        if not state.upload.size and state.is_unfinished and len(files) == 1:
-            return "empty"  # it died before it had made the data file
+        if state.is_unfinished and len(files) == 1 and self.has_died:
+            return "lost"  # killed once it had its name, which another file has got
         if not is_old or was_here or self.coming(process, key):
             raise Wrong(f"{process} sweeps {key}, which is wanted")
         return "stale"
