@@ -2977,8 +2977,8 @@ class Store:
         kept = f"{key}-{state.generation}" + (".call" if state.finished else ".data")
         for name in names:
             if name.endswith(".ledger"):
-                # Emptied, which is all that Windows can do.  Elsewhere one that a request
-                # has just made could be taken from it.
+                # Emptied, which is all that Windows can do.  Elsewhere a request may
+                # have made it just now.
                 if not (state.generation or self.disk.unlinks_open):
                     self._unlink_old(name)
             elif name != kept:
