@@ -344,7 +344,7 @@ class Nginx(Server):
     """nginx's own upload: DAV PUT, one file per chunk, and a log, as users have it."""
 
     name = "nginx"
-    can = ("chunk", "file")
+    can: Tuple[str, ...] = ("chunk", "file")
     tuning = ""
 
     def command(self) -> List[str]:
