@@ -679,6 +679,10 @@ class World:
         files = (f.content for f in self.finished if f.until >= ack.began)
         if any(content[span] == ack.content[span] for content in files):
             return
+        if self.plan.removes == "edits":  # at once, say; it is compared as it is there
+            there = (self.folder / path for path in self.files)
+            if any(one.read_bytes()[span] == ack.content[span] for one in there):
+                return
         path = self.state_dir / f"{ack.key}-{state.generation}.data"
         is_here = state.is_unfinished and not state.ranges.gaps(ack.start, ack.end)
         if not is_here or path.read_bytes()[span] != ack.content[span]:
