@@ -400,7 +400,8 @@ class World:
         people = [p for p in self.people if made_of(content, p.versions)]
         if not (self.plan.changes and people):
             raise Wrong("a wrong file is visible")
-        since = self.named.get(key, 0.0)
+        # Equal bytes under the name that was taken are not published again.
+        since = max(self.named.get(key, 0.0), self.look(key).begun.time)
         for ack in self.acks:
             is_other = content[ack.start : ack.end] != ack.content[ack.start : ack.end]
             is_stored = ack.key == key and ack.began > since and ack.is_partial
